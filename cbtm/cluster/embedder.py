@@ -1,0 +1,393 @@
+"""Documents as points on a sphere: tf-idf, truncated SVD, unit length.
+
+The features are those of c-BTM (Gururangan et al. 2023, arXiv 2303.14177): scikit-learn's default tf-idf without
+English stop words and without numbers, projected by a truncated SVD (Halko et al. 2011, doi 10.1137/090771806) and
+scaled to unit length. Two choices differ from the way this is usually written:
+
+* The SVD is linear and the last step rescales every row, so tf-idf's own row norm cancels, and a document is
+  normalise(sum over its words of idf * component). One float32 row per word is all that `transform` needs, and the
+  embedding of a growing prefix is a running sum.
+* Numbers and stop words need no test per token: they are not in the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbtm.errors import ConfigError, DataError, ManifestError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = "embedder.json"
+ARRAYS_FILE = "embedder.safetensors"
+
+# Every maximal run of two or more word characters: the same matches as \b\w\w+\b, a quarter quicker.
+_WORD = re.compile(r"\w\w+")
+# Everything but ASCII word characters becomes a blank, so that `split` does the work of the regular expression.
+_ASCII_WORD_BYTES = bytes(byte if chr(byte).isalnum() or byte == ord("_") else 32 for byte in range(128)) + bytes(
+    [32] * 128
+)
+# Texts are counted in blocks of about this many characters: it bounds the memory of `transform`.
+_BLOCK_CHARACTERS = 4_000_000
+# Directions weaker than this part of the first are float32 rounding noise, not structure.
+_RANK_TOLERANCE = 1e-5
+
+
+def words(text: str) -> list[str]:
+    r"""Lower-cased words of two or more characters, in order: the matches of ``\b\w\w+\b``."""
+    return [word for word in _runs(text) if len(word) > 1]
+
+
+def word_spans(text_lower: str) -> list[tuple[int, int]]:
+    """Start and end of each word of `words` in a text that is lower-cased already, in characters."""
+    return [match.span() for match in _WORD.finditer(text_lower)]
+
+
+def _runs(text: str) -> list[str]:
+    """Words of `text`, and (for ASCII texts, which are split three times as fast) runs of one character too."""
+    if text.isascii():
+        return text.lower().encode("ascii").translate(_ASCII_WORD_BYTES).decode("ascii").split()
+    return _WORD.findall(text.lower())
+
+
+def _is_feature(word: str, stop_words: frozenset[str]) -> bool:
+    return len(word) > 1 and not word[0].isdigit() and word not in stop_words
+
+
+class TfidfSvdEmbedder:
+    """Map texts to unit vectors whose distances follow the words that they share.
+
+    Args:
+        n_components: Length of a vector, d. Reduced, with a warning in the log, where the texts allow fewer.
+        min_document_frequency: Words found in fewer documents than this are left out of the vocabulary.
+        svd_iterations: Power iterations of the randomised SVD; more find directions of slightly higher energy.
+        random_state: Seed of the randomised SVD.
+
+    Attributes:
+        vocabulary_: Word to column, in sorted order; V entries.
+        idf_: ln((1 + n) / (1 + document frequency)) + 1, float32, shape (V,).
+        components_: Right singular vectors, float32, shape (d, V).
+        word_vectors_: `idf_` times the column of `components_`, float32, shape (V, d).
+        n_components_: d after fitting.
+        explained_energy_: ||A V||^2 / ||A||^2 over the tf-idf matrix A, between 0 and 1.
+        n_documents_: Number of documents seen by `fit`.
+    """
+
+    vocabulary_: dict[str, int]
+    idf_: NDArray[np.float32]
+    components_: NDArray[np.float32]
+    word_vectors_: NDArray[np.float32]
+    n_components_: int
+    explained_energy_: float
+    n_documents_: int
+
+    def __init__(
+        self,
+        *,
+        n_components: int = 100,
+        min_document_frequency: int = 1,
+        svd_iterations: int = 5,
+        random_state: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("n_components", n_components, 1),
+            ("min_document_frequency", min_document_frequency, 1),
+            ("svd_iterations", svd_iterations, 0),
+            ("random_state", random_state, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name}={value} is too small; use at least {least}")
+        self.n_components = n_components
+        self.min_document_frequency = min_document_frequency
+        self.svd_iterations = svd_iterations
+        self.random_state = random_state
+
+    def fit(self, texts: Iterable[str]) -> TfidfSvdEmbedder:
+        """Learn the vocabulary, the weights and the projection from `texts`, read once.
+
+        Raises:
+            DataError: If there is no text, something is not a string, or no word is left to count.
+        """
+        self.fit_transform(texts)
+        return self
+
+    def fit_transform(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """`fit`, and the vectors of the same texts without reading them twice.
+
+        Returns:
+            Unit rows (zero where a text has no known word), float32, shape (n, d); equal to `transform` of the
+            same texts up to float32 rounding.
+
+        Raises:
+            DataError: As for `fit`.
+        """
+        counts = self._learn_vocabulary(texts)
+        tfidf = self._weigh(counts)
+        self._learn_projection(tfidf)
+        vectors: NDArray[np.float32] = tfidf @ np.ascontiguousarray(self.components_.T)
+        filled_rows = int(np.count_nonzero(np.diff(tfidf.indptr)))  # ||A||^2: every row with a word has norm 1
+        self.explained_energy_ = float(np.square(vectors, dtype=np.float64).sum() / filled_rows)
+        return _unit_rows(vectors)
+
+    def transform(self, texts: Iterable[str]) -> NDArray[np.float32]:
+        """Embed `texts`, in blocks of bounded memory.
+
+        Returns:
+            Unit rows, float32, shape (n, d); a text without any known word gives a row of zeros.
+
+        Raises:
+            DataError: If something in `texts` is not a string.
+        """
+        blocks = [
+            _unit_rows(_count_matrix(block, indptr, len(self.vocabulary_)) @ self.word_vectors_)
+            for block, indptr in self._column_blocks(texts)
+        ]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.n_components_), dtype=np.float32)
+
+    def top_terms(self, centers: NDArray[np.floating[Any]], n: int = 10) -> list[list[str]]:
+        """Words that set each centre apart: the highest tf-idf weight above the mean of all centres.
+
+        A centre is carried back to tf-idf weights by the transposed projection. The mean is taken off so that
+        words which are frequent in every cluster do not open every list; a single centre is shown as it is.
+        Words of three or more letters come first; others only fill up.
+
+        Args:
+            centers: Points in the embedding, shape (k, d).
+            n: Words for each centre.
+
+        Returns:
+            k lists of min(n, V) words, strongest first.
+
+        Raises:
+            ConfigError: If `centers` has another number of columns than the embedding.
+        """
+        centers = np.atleast_2d(np.asarray(centers, dtype=np.float32))
+        if centers.shape[1] != self.n_components_:
+            raise ConfigError(
+                f"centers has {centers.shape[1]} columns but the embedding has {self.n_components_}; "
+                "pass centres found in this embedding"
+            )
+        if len(centers) > 1:
+            centers = centers - centers.mean(axis=0)
+        vocabulary = np.array(list(self.vocabulary_), dtype=object)
+        is_plain = np.array([len(word) > 2 and word.isalpha() for word in self.vocabulary_])
+        terms = []
+        for center in centers:
+            weights = center @ self.components_  # (V,)
+            order = np.lexsort((np.arange(len(weights)), -weights, ~is_plain))[:n]
+            terms.append([str(word) for word in vocabulary[order]])
+        return terms
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted embedder as `embedder.json` and `embedder.safetensors` into `folder`."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"idf": self.idf_, "components": self.components_}, folder / ARRAYS_FILE)
+        settings = {
+            "format_version": FORMAT_VERSION,
+            "n_components": self.n_components,
+            "min_document_frequency": self.min_document_frequency,
+            "svd_iterations": self.svd_iterations,
+            "random_state": self.random_state,
+            "n_documents": self.n_documents_,
+            "explained_energy": self.explained_energy_,
+            "vocabulary": list(self.vocabulary_),
+        }
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TfidfSvdEmbedder:
+        """Read what `save` wrote; the embedder gives the same vectors, bit for bit.
+
+        Raises:
+            ManifestError: If a file is missing or unreadable, is of another format version, or the vocabulary and
+                the arrays do not belong together.
+        """
+        settings, arrays = _read_files(folder)
+        if settings.get("format_version") != FORMAT_VERSION:
+            raise ManifestError(
+                f"{folder / SETTINGS_FILE} has format_version={settings.get('format_version')}, "
+                f"this cbtm reads {FORMAT_VERSION}; fit the clusterer again"
+            )
+        try:
+            embedder = cls(
+                n_components=settings["n_components"],
+                min_document_frequency=settings["min_document_frequency"],
+                svd_iterations=settings["svd_iterations"],
+                random_state=settings["random_state"],
+            )
+            embedder.n_documents_ = settings["n_documents"]
+            embedder.explained_energy_ = settings["explained_energy"]
+            embedder.vocabulary_ = {word: column for column, word in enumerate(settings["vocabulary"])}
+            embedder._set_arrays(arrays["idf"], arrays["components"])
+        except KeyError as error:
+            raise ManifestError(f"{folder} lacks the entry {error}; fit the clusterer again") from error
+        _check_shapes(folder, settings["vocabulary"], embedder)
+        return embedder
+
+    def _set_arrays(self, idf: NDArray[np.float32], components: NDArray[np.float32]) -> None:
+        self.idf_ = idf
+        self.components_ = components
+        self.n_components_ = components.shape[0]
+        if components.ndim == 2 and idf.shape == components.shape[1:]:
+            self.word_vectors_ = np.ascontiguousarray((components * idf).T)
+
+    def _learn_vocabulary(self, texts: Iterable[str]) -> csr_matrix:
+        """Count words in one pass and keep those that are features; returns counts, float32, shape (n, V)."""
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+        column_of: dict[str, int] = _GrowingVocabulary()
+        columns, indptr = array("i"), array("q", [0])
+        for text in _strings(texts):
+            columns.extend(map(column_of.__getitem__, _runs(text)))
+            indptr.append(len(columns))
+        self.n_documents_ = len(indptr) - 1
+        if self.n_documents_ == 0:
+            raise DataError("there is no text to fit on; check that the corpus split is not empty")
+        counts = _count_matrix(_as_int32(columns), np.frombuffer(indptr, dtype=np.int64), len(column_of))
+        del columns
+        counts.sum_duplicates()
+        document_frequency = np.bincount(counts.indices, minlength=len(column_of))
+        kept = sorted(
+            word
+            for word, column in column_of.items()
+            if _is_feature(word, ENGLISH_STOP_WORDS) and document_frequency[column] >= self.min_document_frequency
+        )
+        if not kept:
+            raise DataError(
+                f"no word is left in {self.n_documents_} documents without stop words, numbers and words in fewer "
+                f"than min_document_frequency={self.min_document_frequency} documents; "
+                "check the texts or lower min_document_frequency"
+            )
+        old_columns = np.array([column_of[word] for word in kept])
+        self.vocabulary_ = {word: column for column, word in enumerate(kept)}
+        return counts[:, old_columns]
+
+    def _weigh(self, counts: csr_matrix) -> csr_matrix:
+        """Scale counts (n, V) to tf-idf rows of unit length, in place."""
+        n_documents, n_words = counts.shape
+        document_frequency = np.bincount(counts.indices, minlength=n_words)
+        self.idf_ = (np.log((1 + n_documents) / (1 + document_frequency)) + 1).astype(np.float32)
+        counts.data *= self.idf_[counts.indices]
+        counts.sort_indices()
+        lengths = np.sqrt(counts.multiply(counts).sum(axis=1)).A1
+        lengths[lengths == 0] = 1
+        counts.data /= np.repeat(lengths, np.diff(counts.indptr)).astype(np.float32)
+        return counts
+
+    def _learn_projection(self, tfidf: csr_matrix) -> None:
+        """Set `components_` and what follows from them by a randomised SVD of tf-idf rows (n, V)."""
+        from sklearn.utils.extmath import randomized_svd
+
+        n_components = min(self.n_components, *tfidf.shape)
+        _, strengths, components = randomized_svd(
+            tfidf,
+            n_components,
+            n_iter=self.svd_iterations,
+            random_state=self.random_state,
+            flip_sign=False,
+        )
+        n_real = int(np.count_nonzero(strengths > _RANK_TOLERANCE * strengths[0]))
+        if n_real < self.n_components:
+            logger.warning(
+                "n_components=%d reduced to %d: %d documents with %d words span no more directions",
+                self.n_components,
+                n_real,
+                *tfidf.shape,
+            )
+        # The sign of a singular vector is free: the largest entry is made positive, so that it does not depend
+        # on the linear algebra library.
+        components = components[:n_real]
+        largest = np.abs(components).argmax(axis=1)
+        components *= np.sign(components[np.arange(n_real), largest])[:, None]
+        self._set_arrays(self.idf_, np.ascontiguousarray(components, dtype=np.float32))
+
+    def _column_blocks(self, texts: Iterable[str]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Vocabulary columns of the words of successive texts, with the offsets of the texts."""
+        column_of = self.vocabulary_.get
+        columns, indptr, characters = array("i"), array("q", [0]), 0
+        for text in _strings(texts):
+            columns.extend(column for column in map(column_of, _runs(text)) if column is not None)
+            indptr.append(len(columns))
+            characters += len(text)
+            if characters >= _BLOCK_CHARACTERS:
+                yield _as_int32(columns), np.frombuffer(indptr, dtype=np.int64)
+                columns, indptr, characters = array("i"), array("q", [0]), 0
+        if len(indptr) > 1:
+            yield _as_int32(columns), np.frombuffer(indptr, dtype=np.int64)
+
+
+class _GrowingVocabulary(dict[str, int]):
+    """Gives every new word the next column."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = column = len(self)
+        return column
+
+
+def _strings(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise DataError("texts is one string; pass a sequence of strings")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index} is a {type(text).__name__}, not a string")
+        yield text
+
+
+def _as_int32(columns: array[int]) -> NDArray[np.int32]:
+    return np.frombuffer(columns, dtype=np.int32) if columns else np.empty(0, dtype=np.int32)
+
+
+def _count_matrix(columns: NDArray[np.int32], indptr: NDArray[np.int64], n_words: int) -> csr_matrix:
+    """One float32 entry of 1 per word; scipy adds repeated entries of a row when it multiplies."""
+    from scipy.sparse import csr_matrix
+
+    ones = np.ones(len(columns), dtype=np.float32)
+    return csr_matrix((ones, columns, indptr), shape=(len(indptr) - 1, n_words))
+
+
+def _unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale the rows of `vectors` to length 1 in place; a row of zeros stays."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    lengths[lengths == 0] = 1
+    vectors /= lengths[:, None]
+    return vectors
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        arrays = load_file(folder / ARRAYS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ManifestError(f"{folder} holds no readable embedder: {error}") from error
+    if not isinstance(settings, dict):
+        raise ManifestError(f"{folder / SETTINGS_FILE} is not a JSON object; fit the clusterer again")
+    return settings, arrays
+
+
+def _check_shapes(folder: Path, vocabulary: Sequence[str], embedder: TfidfSvdEmbedder) -> None:
+    n_words, idf, components = len(vocabulary), embedder.idf_, embedder.components_
+    fits = idf.shape == (n_words,) and components.ndim == 2 and components.shape[1] == n_words
+    if not fits or len(embedder.vocabulary_) != n_words or {idf.dtype, components.dtype} != {np.dtype(np.float32)}:
+        raise ManifestError(
+            f"{folder} holds parts that do not belong together: {n_words} words "
+            f"({len(embedder.vocabulary_)} different), idf {idf.dtype}{list(idf.shape)}, "
+            f"components {components.dtype}{list(components.shape)}; fit the clusterer again"
+        )

@@ -1,0 +1,155 @@
+"""Configuration: frozen, validated before any work, with the nearest name for every unknown key.
+
+Config classes sit beside the stage that reads them and derive from `Config`. One YAML file holds a whole
+run; `--set train.learning_rate=1e-4` overrides one value. Absence is None, never -1 or "".
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cbtm.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of all configuration classes: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: Naming every wrong key and value at once, with the nearest name for unknown keys.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = [_describe(problem, cls) for problem in error.errors()]
+            raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+    def digest(self) -> str:
+        """Hex sha256 of the canonical JSON of all values."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def digest_of(value: object) -> str:
+    """Hex sha256 of the canonical JSON (sorted keys, no spaces) of plain data."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_text(text: str, *, source: str) -> dict[str, Any]:
+    """Read YAML (or JSON, which is YAML) into a mapping.
+
+    Raises:
+        ConfigError: If it is not YAML, a key is doubled, or the top level is not a mapping.
+    """
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file into a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text") from None
+    return parse_text(text, source=str(path))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of nested `values` with each `a.b=c` of `overrides` set; c is read as YAML.
+
+    Raises:
+        ConfigError: If an override has no `=` or goes through something that is not a section.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        path = key.strip().split(".")
+        if not separator or not all(path):
+            raise ConfigError(f"--set {override!r}: expected section.key=value")
+        section = result
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
+        section[path[-1]] = _override_value(text, override)
+    return result
+
+
+def _override_value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    # YAML 1.1 reads 1e-4 as text because it has no dot; people mean the number.
+    if isinstance(value, str):
+        try:
+            return float(value) if value.strip().lower() not in {"nan", "inf", "-inf"} else value
+        except ValueError:
+            return value
+    return value
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a doubled key, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _describe(problem: Any, model: type[BaseModel]) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        names = sorted(_fields_at(model, problem["loc"][:-1]))
+        unknown = str(problem["loc"][-1])
+        nearest = difflib.get_close_matches(unknown, names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(names)}"
+        return f"unknown key {location!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{location!r} is missing"
+    value = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return f"{location or 'configuration'}: {message}{value}"
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    current: Any = model
+    for part in path:
+        field = current.model_fields.get(str(part)) if _is_model(current) else None
+        if field is None:
+            return set()
+        options = (field.annotation, *get_args(field.annotation))
+        current = next((option for option in options if _is_model(option)), None)
+    return set(current.model_fields) if _is_model(current) else set()
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)

@@ -1,0 +1,1 @@
+"""Corpora that any machine can have: a sample of installed packages, own text, public downloads."""

@@ -1,0 +1,225 @@
+"""The compiled pipeline on this machine: no cluster, no container engine, no server.
+
+kfp.local executes the same YAML that a Kubeflow cluster gets, every task in a process of its own, two at a time.
+It prints freely and takes over the root logger, so it runs as a child process whose output goes to a log file; this
+process follows that file and shows one line of progress on a terminal, and little elsewhere.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cbtm import stages, storage
+from cbtm.errors import CbtmError, ConfigError, Interrupted
+from cbtm.process import STOP_WITH_PARENT
+from cbtm.progress import PREFIX
+from cbtm.run import Run
+
+logger = logging.getLogger(__name__)
+
+COMPILED = "compiled/cbtm.yaml"
+_POLL_SECONDS = 0.3
+_STAGE_DONE = re.compile(r"stage=(\S+) root=(\S+) (files=\d+ done|up to date)")
+
+
+class PipelineFailedError(CbtmError):
+    """A task of the pipeline failed; its own message has been shown."""
+
+    exit_code = 1
+
+
+def run_pipeline(run: Run) -> None:
+    """Run the compiled pipeline for `run` on this machine, or return at once if all its outputs are there.
+
+    Raises:
+        PipelineFailedError: If a task failed, with the last lines that it wrote.
+        Interrupted: On SIGTERM or Ctrl-C; the tasks have saved what they could.
+        ConfigError: If kfp is not installed.
+    """
+    if stages.finished(run):
+        logger.info("run=%s root=%s up to date", run.config.name, run.config.root)
+        return
+    _check_kfp()
+    log = _log_folder(run) / f"pipeline-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    config = run.config.model_dump_json()
+    environment = {
+        **os.environ,
+        "CBTM_PROGRESS_SECONDS": "1",
+        STOP_WITH_PARENT: "1",
+        # Two tasks run at once; more threads than cores would have them wait for each other.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cbtm.local", config],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops all of them in order
+        )
+    code = _follow(child, log)
+    if not storage.exists(run.uri("manifest.json")) or code != 0:
+        raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
+    logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)
+
+
+def _check_kfp() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("kfp") is None:
+        raise ConfigError('cbtm run needs kfp, which executes the compiled pipeline: pip install "cbtm[local]"')
+
+
+def _log_folder(run: Run) -> Path:
+    root = run.config.root
+    return storage.local_path(root) / "logs" if not storage.is_s3(root) else Path(tempfile.gettempdir(), "cbtm-logs")
+
+
+def _follow(child: "subprocess.Popen[bytes]", log: Path) -> int:
+    """Show what the pipeline writes until it ends; stop it in order when this process is asked to stop."""
+    view = _View()
+    try:
+        with _sigterm_as_interrupt(), log.open(encoding="utf-8", errors="replace") as lines:
+            while True:
+                ended = child.poll() is not None
+                for line in _new_lines(lines):
+                    view.show(line)
+                if ended:
+                    return child.returncode
+                time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        _stop(child)
+        raise Interrupted("stopped; run the same command to go on from here") from None
+    finally:
+        view.close()
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    """Let every task save a checkpoint: SIGTERM to the whole session, and a bound on the patience."""
+    logger.info("stopping: the tasks save their checkpoints")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=30)
+    _wait_for_group(child.pid, seconds=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _wait_for_group(group: int, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _new_lines(file: Any) -> Iterator[str]:
+    while line := file.readline():
+        if not line.endswith("\n"):  # half a line: read it again when the rest is there
+            file.seek(file.tell() - len(line.encode()))
+            return
+        yield line.strip()
+
+
+@dataclass
+class _View:
+    """One line on a terminal: tasks done, and what runs now; elsewhere only stages that ended, and warnings."""
+
+    running: dict[str, str] = field(default_factory=dict)
+    bar: Any = None
+
+    def __post_init__(self) -> None:
+        if sys.stderr.isatty():
+            self.bar = tqdm(bar_format="{elapsed} {n_fmt} stages done {desc}", leave=False)
+
+    def show(self, line: str) -> None:
+        if line.startswith(PREFIX):
+            task, _, state = line.removeprefix(f"{PREFIX} task=").partition(" ")
+            self.running[task] = state
+            self._draw()
+        elif found := _STAGE_DONE.match(line):
+            name = found[2].rsplit("/", 1)[-1]
+            self.running = {task: state for task, state in self.running.items() if name not in task}
+            self._say(line)
+            if self.bar is not None:
+                self.bar.update(1)
+        elif line.startswith(("error:", "warning:", "WARNING")):
+            self._say(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            logger.info("%s", line)
+
+    def _draw(self) -> None:
+        if self.bar is not None:
+            latest = list(self.running.items())[-2:]
+            self.bar.set_description_str("| " + " | ".join(f"{task} {state}" for task, state in latest))
+
+
+def _reason(log: Path) -> str:
+    """What the failed task said: its error line, or else the end of its traceback."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return errors[0].removeprefix("error: ")
+    return "the pipeline failed:\n" + "\n".join(lines[-15:])
+
+
+def main() -> None:
+    """Execute the compiled pipeline in this process with the configuration given as the only argument."""
+    from kfp import components, local
+
+    config = sys.argv[1]
+    root = json.loads(config)["root"]
+    with tempfile.TemporaryDirectory(prefix="cbtm-kfp-") as scratch:
+        # Small artifacts only (manifests, the report); what they speak of lies below the run's root.
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=scratch, raise_on_error=True)
+        source = resources.files("cbtm").joinpath(COMPILED)
+        with resources.as_file(source) as path:
+            pipeline = components.load_component_from_file(str(path))
+        logging.getLogger(__name__).info("pipeline=%s root=%s", COMPILED, root)
+        pipeline(config=config)
+
+
+if __name__ == "__main__":
+    main()

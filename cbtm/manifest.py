@@ -1,0 +1,308 @@
+"""Manifests: what a stage made, from what, under which configuration; and the rule that makes stages resumable.
+
+A stage builds its files in a work folder, then publishes them, then writes one manifest, last and atomically.
+No manifest means not done; a manifest whose configuration, inputs or files differ means do it again; otherwise
+the stage has nothing to do. So a retry, a pre-emption or a second run costs nothing and never mixes versions.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+import cbtm
+from cbtm import storage
+from cbtm.config import digest_of
+from cbtm.errors import ManifestError, StorageError
+
+logger = logging.getLogger(__name__)
+
+_PRIVATE = ".cbtm"  # work folders and locks below a stage's root
+
+
+class FileEntry(BaseModel):
+    """One published file: path relative to the stage's root, bytes, hex sha256."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size: int
+    sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        parts = PurePosixPath(path).parts
+        if not parts or path.startswith("/") or ".." in parts:
+            raise ValueError(f"path {path!r} leaves the manifest's folder")
+        return path
+
+
+class Manifest(BaseModel):
+    """What one stage made.
+
+    Attributes:
+        stage: Name of the stage.
+        config_digest: sha256 of the configuration that it ran under.
+        inputs: Name of each input and the digest of what was read.
+        files: The files, sorted by path.
+        metadata: Small facts for those who read the result (counts, sizes, final losses).
+        created: UTC time of writing, ISO 8601; no part of the digest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    stage: str
+    config_digest: str
+    inputs: dict[str, str]
+    files: tuple[FileEntry, ...]
+    metadata: dict[str, Any] = {}
+    cbtm_version: str = cbtm.__version__
+    created: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the content: stage, configuration, inputs and every file's sha256."""
+        return digest_of(self.model_dump(include={"stage", "config_digest", "inputs", "files"}))
+
+    @property
+    def facts(self) -> dict[str, float | str]:
+        """The plain numbers and texts of the metadata, for those who show them."""
+        return {name: value for name, value in self.metadata.items() if isinstance(value, int | float | str)}
+
+    def save(self, path: str) -> None:
+        """Write a copy of the manifest to a local path."""
+        storage.write_bytes(path, self.model_dump_json(indent=1).encode())
+
+    def paths(self, prefix: str = "") -> list[str]:
+        """Paths of the files below `prefix`, sorted."""
+        return [entry.path for entry in self.files if entry.path.startswith(prefix)]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Identity of one stage's output.
+
+    Attributes:
+        stage: Name of the stage.
+        root: URI of the folder below which its files appear.
+        config_digest: sha256 of the configuration that the output depends on.
+        inputs: Name of each input and its digest.
+        manifest_name: Path of the manifest below `root`; several manifests may share one root.
+    """
+
+    stage: str
+    root: str
+    config_digest: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    manifest_name: str = "manifest.json"
+
+    @property
+    def manifest_uri(self) -> str:
+        """URI of the manifest."""
+        return storage.join(self.root, self.manifest_name)
+
+    @property
+    def key(self) -> str:
+        """Identity of the work: equal for two runs that must give equal output."""
+        return digest_of([self.stage, self.config_digest, dict(self.inputs), cbtm.__version__])
+
+
+def load(uri: str) -> Manifest:
+    """Read the manifest at `uri`.
+
+    Raises:
+        ManifestError: If it is not there, or is no manifest of this format.
+    """
+    manifest = load_if_there(uri)
+    if manifest is None:
+        raise ManifestError(f"{uri} is not there: the stage that writes it has not finished; run it first")
+    return manifest
+
+
+def load_if_there(uri: str) -> Manifest | None:
+    """Read the manifest at `uri`, or None where there is none."""
+    if not storage.exists(uri):
+        return None
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ManifestError(f"{uri} is no manifest of format 1: {first['msg']}; remove it to build again") from None
+
+
+def is_current(spec: StageSpec, manifest: Manifest | None) -> bool:
+    """Tell whether `manifest` answers to `spec` and all its files are there in their full size."""
+    if manifest is None or manifest.stage != spec.stage:
+        return False
+    if manifest.config_digest != spec.config_digest or manifest.inputs != dict(spec.inputs):
+        return False
+    missing = _damaged(spec.root, manifest)
+    if missing:
+        logger.warning("stage=%s file=%s is missing or cut short: building again", spec.stage, missing[0])
+    return not missing
+
+
+def fetch(root: str, manifest: Manifest, paths: Sequence[str], target: Path) -> Path:
+    """Bring files of a manifest to this machine and check every sha256.
+
+    Local files are not copied: the folder they lie in is returned.
+
+    Raises:
+        ManifestError: If a file differs from what the manifest says.
+    """
+    if not storage.is_s3(root):
+        folder = storage.local_path(root)
+    else:
+        folder = target
+        storage.download(root, folder, paths)
+    wanted = {entry.path: entry for entry in manifest.files}
+    for path in paths:
+        if path not in wanted:
+            raise ManifestError(f"{root}: {path} is not in the manifest of stage {manifest.stage}")
+        _check_file(folder / path, wanted[path], root)
+    return folder
+
+
+def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> Manifest:
+    """Return the stage's manifest, building its output only if it is not there already.
+
+    Args:
+        spec: Identity of the output.
+        build: Writes the output files into the given work folder and returns the manifest's metadata. After a
+            kill it is called again with the same folder as it was left, if the spec is the same.
+
+    Returns:
+        The manifest, also written to `spec.manifest_uri`.
+    """
+    with _exclusive(spec):
+        existing = load_if_there(spec.manifest_uri)
+        if is_current(spec, existing):
+            assert existing is not None
+            logger.info("stage=%s root=%s up to date", spec.stage, spec.root)
+            return existing
+        work = _work_folder(spec)
+        with _disk_full_as_storage_error(spec):
+            metadata = build(work)
+            manifest = publish(spec, work, metadata, replaces=existing)
+        shutil.rmtree(work.parent, ignore_errors=True)
+    logger.info("stage=%s root=%s files=%d done", spec.stage, spec.root, len(manifest.files))
+    return manifest
+
+
+def publish(spec: StageSpec, work: Path, metadata: Mapping[str, Any], replaces: Manifest | None = None) -> Manifest:
+    """Move every file of the folder `work` to below `spec.root`, then write the manifest.
+
+    The manifest that is replaced goes first, so that at no moment a manifest speaks of files of another run.
+    """
+    paths = [file.path for file in storage.list_files(str(work))]
+    files = tuple(
+        FileEntry(path=path, size=(work / path).stat().st_size, sha256=storage.sha256_file(work / path))
+        for path in paths
+    )
+    manifest = Manifest(
+        stage=spec.stage,
+        config_digest=spec.config_digest,
+        inputs=dict(spec.inputs),
+        files=files,
+        metadata=dict(metadata),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    storage.delete(spec.root, [spec.manifest_name])
+    if replaces is not None:
+        storage.delete(spec.root, sorted(set(replaces.paths()) - set(paths)))
+    if storage.is_s3(spec.root):
+        storage.upload(work, spec.root, paths)
+    else:
+        _move(work, storage.local_path(spec.root), paths)
+    storage.write_bytes(spec.manifest_uri, manifest.model_dump_json(indent=1).encode())
+    return manifest
+
+
+def _damaged(root: str, manifest: Manifest) -> list[str]:
+    sizes = storage.sizes(root, manifest.paths())
+    return [entry.path for entry in manifest.files if sizes[entry.path] != entry.size]
+
+
+def _check_file(path: Path, entry: FileEntry, root: str) -> None:
+    if (
+        storage.sizes(str(path.parent), [path.name])[path.name] != entry.size
+        or storage.sha256_file(path) != entry.sha256
+    ):
+        raise ManifestError(
+            f"{root}: {entry.path} was changed or cut short after its manifest was written; "
+            "remove the manifest to build it again"
+        )
+
+
+def _private_folder(spec: StageSpec) -> Path:
+    name = spec.manifest_name.removesuffix(".json").replace("/", "-")
+    if not storage.is_s3(spec.root):
+        return storage.local_path(spec.root) / _PRIVATE / name
+    scratch = Path(os.environ.get("CBTM_SCRATCH") or Path(tempfile.gettempdir()) / f"cbtm-{os.getuid()}")
+    return scratch / hashlib.sha256(spec.manifest_uri.encode()).hexdigest()[:24]
+
+
+def _work_folder(spec: StageSpec) -> Path:
+    """Folder that survives a kill, emptied when it was left by other work than this."""
+    folder = _private_folder(spec) / "work"
+    key = folder / "key.json"
+    if not key.is_file() or json.loads(key.read_text() or "null") != spec.key:
+        shutil.rmtree(folder, ignore_errors=True)
+        storage.write_bytes(str(key), json.dumps(spec.key).encode())
+    files = folder / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    return files
+
+
+def _move(work: Path, root: Path, paths: Sequence[str]) -> None:
+    for path in paths:
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work / path, target)
+
+
+@contextlib.contextmanager
+def _exclusive(spec: StageSpec) -> Iterator[None]:
+    """Let one process at a time build an output; the lock goes with the process, however it ends."""
+    folder = _private_folder(spec)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write below {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("stage=%s root=%s waiting for another process that builds it", spec.stage, spec.root)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _disk_full_as_storage_error(spec: StageSpec) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        # safetensors reports the operating system's message without its number.
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if full or "No space left on device" in str(error):
+            where = _private_folder(spec)
+            raise StorageError(f"no space left on the disk that holds {where}; free some and run again") from error
+        raise

@@ -1,0 +1,307 @@
+"""The evaluator stage: every ensemble setting at once, from scores and distances alone.
+
+The weights of the experts at a token come from the text before it (Gururangan et al. 2023, equations 2 and 3), so
+one pass over the text gives the distances, and temperature, exponent and top-k are arithmetic. Temperature and
+exponent are chosen on one half of the validation documents; everything is reported on the other half.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from cbtm.branch.tokenizer import TextTokenizer
+from cbtm.cluster.clusterer import Clusterer
+from cbtm.config import Config
+from cbtm.errors import ConfigError, DataError, ManifestError
+from cbtm.merge.ensembles import (
+    bits_per_byte,
+    bootstrap_interval,
+    clustering,
+    experts_used,
+    paired_bootstrap_interval,
+    uniform,
+)
+from cbtm.merge.router import PrefixRouter, routing_weights
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.float64]
+
+
+class EvaluateConfig(Config):
+    """Which ensembles are compared.
+
+    Attributes:
+        temperatures: Temperatures of the routing weights.
+        distance_powers: Exponents of the distance: 2 in the paper, 4 in the reference code.
+        top_k: Experts kept at each token; None takes all, half of them, and so on down to one.
+        bootstrap_resamples: Resamples of documents behind each 95 % interval.
+        random_state: Seed of the resampling.
+    """
+
+    temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    distance_powers: tuple[float, ...] = (2, 4)
+    top_k: tuple[int, ...] | None = None
+    bootstrap_resamples: int = Field(default=1000, ge=100)
+    random_state: int = Field(default=0, ge=0)
+
+    @field_validator("temperatures", "distance_powers")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values or not all(np.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"expected one or more numbers above 0, got {list(values)}")
+        return values
+
+    def top_k_values(self, n_clusters: int) -> list[int]:
+        """The top-k settings for so many clusters, largest first.
+
+        Raises:
+            ConfigError: If one is not in [1, n_clusters].
+        """
+        if self.top_k is None:
+            values = [n_clusters]
+            while values[-1] > 1:
+                values.append(values[-1] // 2)
+            return values
+        wrong = [value for value in self.top_k if not 1 <= value <= n_clusters]
+        if wrong:
+            raise ConfigError(f"evaluate.top_k={wrong[0]} is not in [1, cluster.n_clusters={n_clusters}]")
+        return sorted(set(self.top_k), reverse=True)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """What is evaluated on, in the order of the scores.
+
+    Attributes:
+        texts: Text of each document.
+        tokens: Token ids of each document, separator first.
+        clusters: Nearest cluster of each document, shape (n_documents,).
+        n_bytes: UTF-8 bytes of each document, shape (n_documents,).
+    """
+
+    texts: Sequence[str]
+    tokens: Sequence[NDArray[np.int64]]
+    clusters: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each document's scores begin, and the end; shape (n_documents + 1,)."""
+        return np.concatenate([[0], np.cumsum([len(row) - 1 for row in self.tokens])]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Natural log-probabilities of all validation tokens, float32 of shape (n_tokens,) each, by member.
+
+    Attributes:
+        seed: Under the seed model.
+        experts: Under each expert, shape (k, n_tokens), in the order of the clusters.
+        dense: Under the dense model, where it was trained.
+        random: Under each random-cluster expert, shape (k, n_tokens), where they were trained.
+    """
+
+    seed: NDArray[np.float32]
+    experts: NDArray[np.float32]
+    dense: NDArray[np.float32] | None = None
+    random: NDArray[np.float32] | None = None
+
+
+def context_distances(
+    clusterer: Clusterer,
+    tokenizer: TextTokenizer,
+    validation: ValidationSet,
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Distance of the text before every scored token to every cluster centre, shape (n_tokens, k).
+
+    Raises:
+        ManifestError: If the tokenizer cuts a text otherwise than when the scores were made.
+    """
+    router = PrefixRouter(clusterer.embedder.vocabulary_, clusterer.embedder.word_vectors_, clusterer.centers)
+    offsets = validation.offsets
+    out = np.empty((int(offsets[-1]), clusterer.n_clusters), dtype=np.float32)
+    for index, (text, tokens) in enumerate(zip(validation.texts, validation.tokens, strict=True)):
+        again, starts = tokenizer.encode_with_starts(text)
+        if not np.array_equal(again, tokens):
+            raise ManifestError(
+                f"validation document {index} has {len(again)} tokens now and {len(tokens)} in the token shards: "
+                "tokenizer or corpus changed since the documents were assigned; run the assign stage again"
+            )
+        out[offsets[index] : offsets[index + 1]] = router.distances(text, starts[1:])
+        if progress is not None:
+            progress(index + 1, len(validation.texts))
+    return out
+
+
+def evaluate(
+    config: EvaluateConfig, validation: ValidationSet, scores: Scores, distances: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Perplexity of every model and every ensemble setting.
+
+    Args:
+        config: The settings.
+        validation: The documents.
+        scores: Log-probabilities of their tokens.
+        distances: From `context_distances`.
+
+    Returns:
+        The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, selection, seed, dense,
+        random, best_single_expert, ensemble, experts, by_domain.
+
+    Raises:
+        DataError: If there are fewer than four documents, two for each half.
+    """
+    if len(validation.tokens) < 4:
+        raise DataError(
+            f"the validation split has {len(validation.tokens)} documents; at least 4 are needed, half of them to "
+            "choose the temperature and half to report on"
+        )
+    evaluation = _Evaluation(config, validation, scores)
+    n_clusters = len(scores.experts)
+    singles = [evaluation.document_nll(row) for row in scores.experts]
+    seed = evaluation.document_nll(scores.seed)
+    dense = evaluation.document_nll(scores.dense) if scores.dense is not None else None
+    random = evaluation.document_nll(uniform(scores.random)) if scores.random is not None else None
+    settings = _grid(evaluation, distances, dense)
+    best = int(np.argmin([evaluation.perplexity(nll, "selection") for nll in singles]))
+    chosen = next(row for row in settings if row["selected"])  # the largest top-k comes first
+    mixed = evaluation.document_nll(_setting_log_probs(scores.experts, distances, chosen))
+    arms = {"seed": seed, "dense": dense, "random": random, "ensemble": mixed}
+    return {
+        **evaluation.counts("report"),
+        "selection": evaluation.counts("selection"),
+        **{name: evaluation.summary(arms[name]) for name in ("seed", "dense", "random")},
+        "best_single_expert": {"cluster": best, **(evaluation.summary(singles[best]) or {})},
+        "ensemble": settings,
+        "experts": [
+            {"cluster": cluster, "perplexity": evaluation.perplexity(nll, "report")}
+            for cluster, nll in enumerate(singles)
+        ],
+        "by_domain": [evaluation.by_domain(cluster, arms, singles[cluster]) for cluster in range(n_clusters)],
+    }
+
+
+class _Evaluation:
+    """Sums of log-probabilities by document, on the half that chooses and the half that is reported."""
+
+    def __init__(self, config: EvaluateConfig, validation: ValidationSet, scores: Scores) -> None:
+        self.config, self.scores = config, scores
+        self._offsets = validation.offsets
+        self._tokens = np.diff(self._offsets)
+        self._bytes = validation.n_bytes
+        self._clusters = validation.clusters
+        # Documents lie sorted by cluster, so every second one is a half with the same mixture of domains.
+        even = np.arange(len(self._tokens)) % 2 == 0
+        self.halves: dict[str, NDArray[np.bool_]] = {"selection": even, "report": ~even}
+
+    def document_nll(self, log_probs: NDArray[np.floating[Any]]) -> Array:
+        """Sum of negative log-probabilities of each document, shape (n_documents,)."""
+        # reduceat gives the next element for an empty document; there is none, every document has a token.
+        return -np.add.reduceat(log_probs.astype(np.float64), self._offsets[:-1])
+
+    def perplexity(self, nll: Array, half: str, among: NDArray[np.bool_] | None = None) -> float:
+        chosen = self.halves[half] if among is None else self.halves[half] & among
+        return math.exp(nll[chosen].sum() / self._tokens[chosen].sum())
+
+    def counts(self, half: str) -> dict[str, int]:
+        chosen = self.halves[half]
+        return {
+            "n_documents": int(chosen.sum()),
+            "n_tokens": int(self._tokens[chosen].sum()),
+            "n_bytes": int(self._bytes[chosen].sum()),
+        }
+
+    def summary(self, nll: Array | None) -> dict[str, Any] | None:
+        if nll is None:
+            return None
+        chosen = self.halves["report"]
+        low, high = bootstrap_interval(
+            nll[chosen],
+            self._tokens[chosen],
+            random_state=self.config.random_state,
+            n_resamples=self.config.bootstrap_resamples,
+        )
+        return {
+            "perplexity": self.perplexity(nll, "report"),
+            "bits_per_byte": bits_per_byte(-nll[chosen], int(self._bytes[chosen].sum())),
+            "interval": [low, high],
+        }
+
+    def ratio(self, nll: Array, other: Array | None) -> dict[str, Any]:
+        if other is None:
+            return {"dense_ratio": None, "dense_ratio_interval": None}
+        chosen = self.halves["report"]
+        low, high = paired_bootstrap_interval(
+            nll[chosen],
+            other[chosen],
+            self._tokens[chosen],
+            random_state=self.config.random_state,
+            n_resamples=self.config.bootstrap_resamples,
+        )
+        ratio = self.perplexity(nll, "report") / self.perplexity(other, "report")
+        return {"dense_ratio": ratio, "dense_ratio_interval": [low, high]}
+
+    def by_domain(self, cluster: int, arms: Mapping[str, Array | None], expert: Array) -> dict[str, Any]:
+        among = self._clusters == cluster
+        chosen = self.halves["report"] & among
+        row: dict[str, Any] = {
+            "cluster": cluster,
+            "n_documents": int(chosen.sum()),
+            "n_tokens": int(self._tokens[chosen].sum()),
+        }
+        for name, nll in {**arms, "best_expert": expert}.items():
+            row[name] = None if nll is None or not chosen.any() else self.perplexity(nll, "report", among)
+        return row
+
+
+def _grid(evaluation: _Evaluation, distances: NDArray[np.float32], dense: Array | None) -> list[dict[str, Any]]:
+    """All settings, the chosen temperature and exponent marked for each top-k, and the uniform mean."""
+    config, experts = evaluation.config, evaluation.scores.experts
+    rows: list[dict[str, Any]] = []
+    for top_k in config.top_k_values(len(experts)):
+        group: list[dict[str, Any]] = []
+        for power in config.distance_powers:
+            for temperature in config.temperatures:
+                setting = {
+                    "ensemble": "clustering",
+                    "distance_power": power,
+                    "temperature": temperature,
+                    "top_k": top_k,
+                }
+                log_probs = _setting_log_probs(experts, distances, setting)
+                weights = routing_weights(distances, temperature=temperature, distance_power=power, top_k=top_k)
+                group.append(setting | _row(evaluation, log_probs, dense) | {"experts_used": experts_used(weights)})
+        best = min(group, key=lambda row: row["selection_perplexity"])
+        rows += [row | {"selected": row is best} for row in group]
+    flat = {"ensemble": "uniform", "distance_power": None, "temperature": None, "top_k": len(experts)}
+    used = {"experts_used": float(len(experts)), "selected": False}
+    return [*rows, flat | _row(evaluation, uniform(experts), dense) | used]
+
+
+def _row(evaluation: _Evaluation, log_probs: Array, dense: Array | None) -> dict[str, Any]:
+    nll = evaluation.document_nll(log_probs)
+    return {
+        **(evaluation.summary(nll) or {}),
+        "selection_perplexity": evaluation.perplexity(nll, "selection"),
+        **evaluation.ratio(nll, dense),
+    }
+
+
+def _setting_log_probs(
+    experts: NDArray[np.float32], distances: NDArray[np.float32], setting: Mapping[str, Any]
+) -> Array:
+    return clustering(
+        experts,
+        distances,
+        temperature=setting["temperature"],
+        distance_power=setting["distance_power"],
+        top_k=setting["top_k"],
+    )

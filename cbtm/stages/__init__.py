@@ -1,0 +1,106 @@
+"""The stages of a run, each a function of the run that returns the manifest of what it made.
+
+The command line, the Kubeflow components and the tests all call these. A stage whose output is there, under the
+same configuration and from the same inputs, returns at once. Modules are imported when their stage runs, so that
+clustering needs no torch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cbtm import manifest as manifests
+from cbtm import storage
+from cbtm.errors import ManifestError
+from cbtm.manifest import Manifest, StageSpec, run_stage
+from cbtm.plan import Plan
+from cbtm.run import Run
+from cbtm.train.member import Member
+
+
+def plan(run: Run) -> Plan:
+    """Check what can be checked before any work, list the corpus, write plan.json, open the run in the tracker."""
+    from cbtm.stages import preflight
+
+    return preflight.plan(run)
+
+
+def tokenizer(run: Run) -> Manifest:
+    """Take over the given tokenizer, or train one."""
+    from cbtm.stages import prepare
+
+    return run_stage(run.tokenizer_spec(), lambda work: prepare.tokenizer(run, work))
+
+
+def cluster(run: Run) -> Manifest:
+    """Find the domains."""
+    from cbtm.stages import prepare
+
+    return run_stage(run.cluster_spec(), lambda work: prepare.cluster(run, work))
+
+
+def assign(run: Run, group: str) -> Manifest:
+    """Assign the documents of one shard group to clusters and tokenise them."""
+    from cbtm.stages import prepare
+
+    return run_stage(run.assign_spec(group), lambda work: prepare.assign(run, group, work))
+
+
+def train(run: Run, member: Member) -> Manifest:
+    """Train one member; for the seed, train it from scratch or take over the given one."""
+    from cbtm.stages import experts
+
+    return experts.train(run, member)
+
+
+def score(run: Run, member: Member) -> Manifest:
+    """Score the validation tokens under one member."""
+    from cbtm.stages import experts
+
+    return run_stage(run.score_spec(member), lambda work: experts.score(run, member, work))
+
+
+def evaluate(run: Run) -> Manifest:
+    """Compare all ensembles; write result.json and report.html; close the run in the tracker."""
+    from cbtm.stages import result
+
+    return result.evaluate(run)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work of a planned run: what it is called, how to tell that it is done, and how to do it."""
+
+    name: str
+    spec: Callable[[], StageSpec]
+    run: Callable[[], Manifest]
+
+
+def tasks(run: Run) -> Iterator[Task]:
+    """Every task of a planned run, in an order in which each finds its inputs."""
+    yield Task("tokenizer", run.tokenizer_spec, lambda: tokenizer(run))
+    yield Task("cluster", run.cluster_spec, lambda: cluster(run))
+    for group in run.plan_made.groups:
+        yield _assign_task(run, group.name)
+    for member in (Member("seed"), *run.config.members):
+        yield from _member_tasks(run, member)
+    yield Task("evaluate", run.evaluate_spec, lambda: evaluate(run))
+
+
+def finished(run: Run) -> bool:
+    """Tell whether every output is there and belongs to this configuration and this corpus."""
+    if not storage.exists(run.uri("manifest.json")):
+        return False
+    run.make_plan()
+    try:
+        return all(manifests.is_current(spec, run.load(spec)) for spec in (task.spec() for task in tasks(run)))
+    except ManifestError:
+        return False
+
+
+def _assign_task(run: Run, group: str) -> Task:
+    return Task(f"assign:{group}", lambda: run.assign_spec(group), lambda: assign(run, group))
+
+
+def _member_tasks(run: Run, member: Member) -> Iterator[Task]:
+    yield Task(f"train:{member.name}", lambda: run.train_spec(member), lambda: train(run, member))
+    yield Task(f"score:{member.name}", lambda: run.score_spec(member), lambda: score(run, member))

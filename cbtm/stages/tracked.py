@@ -1,0 +1,80 @@
+"""The runs of a pipeline run in the tracker: one parent, one child per trained member, one for the evaluation."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cbtm import storage
+from cbtm.errors import Interrupted
+from cbtm.run import Run
+from cbtm.tracking import ReplayReport, RunKind, Tracker, finish_parent_run, open_run, replay, start_parent_run
+
+
+def open_parent(run: Run) -> None:
+    """Open the parent run, or find the one of an earlier try."""
+    config = run.config
+    start_parent_run(
+        config.tracking,
+        name=config.name,
+        run_key=run.key,
+        journal=_journal(run, "parent"),
+        tags={"cbtm.root": config.root},
+        params=settings(run),
+    )
+
+
+def finish_parent(run: Run) -> None:
+    """End the parent run."""
+    finish_parent_run(run.config.tracking, name=run.config.name, run_key=run.key, journal=_journal(run, "parent"))
+
+
+def replay_all(run: Run) -> ReplayReport:
+    """Send what an outage of the tracking server kept back, for every run of this pipeline run."""
+    return replay(_journal(run, "parent").parent, run.config.tracking)
+
+
+@contextmanager
+def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> Iterator[Tracker]:
+    """Tracker of one child run; it ends with the block, as failed if the block fails."""
+    tracker = open_run(
+        run.config.tracking,
+        name=f"{run.config.name}/{name}",
+        kind=kind,
+        run_key=f"{run.key}/{name}",
+        parent_run_key=run.key,
+        journal=_journal(run, name),
+        cluster=cluster,
+    )
+    try:
+        tracker.log_params(settings(run))
+        yield tracker
+    except (Interrupted, KeyboardInterrupt):
+        tracker.close("KILLED")
+        raise
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+    tracker.close()
+
+
+def settings(run: Run) -> dict[str, object]:
+    """The settings that people compare, under the same keys in every run."""
+    config = run.config
+    return {
+        "n_clusters": config.cluster.n_clusters,
+        "random_state": config.cluster.random_state,
+        "steps": config.train.steps,
+        "sequences_per_step": config.train.sequences_per_step,
+        "context_length": config.train.context_length,
+        "learning_rate": config.train.learning_rate,
+        "tokens_per_arm": config.train.total_tokens,
+        "corpus": config.corpus.root,
+        "seed_model": config.seed_model.path or "from scratch",
+    }
+
+
+def _journal(run: Run, name: str) -> Path:
+    if not storage.is_s3(run.config.root):
+        return storage.local_path(run.config.root) / "tracking" / f"{name}.jsonl"
+    return Path(tempfile.gettempdir()) / "cbtm-tracking" / run.key / f"{name}.jsonl"

@@ -1,0 +1,1 @@
+"""Train: one causal language model on one cluster, with no communication between experts."""
