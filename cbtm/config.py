@@ -7,6 +7,7 @@ run; `--set train.learning_rate=1e-4` overrides one value. Absence is None, neve
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -20,7 +21,7 @@ from cbtm.errors import ConfigError
 class Config(BaseModel):
     """Base of all configuration classes: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
@@ -56,7 +57,7 @@ def parse_text(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: If it is not YAML, a key is doubled, or the top level is not a mapping.
     """
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}") from None
     if values is None:
@@ -80,6 +81,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of nested `values` with each `a.b=c` of `overrides` set; c is read as YAML.
 
+    A section that is not there, or is empty, is made.
+
     Raises:
         ConfigError: If an override has no `=` or goes through something that is not a section.
     """
@@ -91,7 +94,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             raise ConfigError(f"--set {override!r}: expected section.key=value")
         section = result
         for part in path[:-1]:
-            section = section.setdefault(part, {})
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
             if not isinstance(section, dict):
                 raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
         section[path[-1]] = _override_value(text, override)
@@ -100,29 +105,32 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 def _override_value(text: str, override: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
-    # YAML 1.1 reads 1e-4 as text because it has no dot; people mean the number.
-    if isinstance(value, str):
-        try:
-            return float(value) if value.strip().lower() not in {"nan", "inf", "-inf"} else value
-        except ValueError:
-            return value
-    return value
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a doubled key, of which YAML would silently keep the last."""
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a doubled key, of which YAML would silently keep the last, and reads 1e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-4 and 2.5e3 as text, for want of a dot or a sign; people mean the number, and quote what is text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

@@ -7,20 +7,26 @@ Files come in sorted order and lines in file order: every stage sees the same do
 import gzip
 import io
 import logging
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cbtm import storage
 from cbtm.config import Config
 from cbtm.errors import DataError
 
+if TYPE_CHECKING:
+    from zstandard import ZstdDecompressionObj
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_PACKED_BYTES = 1 << 17
 
 
 class CorpusConfig(Config):
@@ -33,10 +39,18 @@ class CorpusConfig(Config):
         max_bad_lines: Lines per file that may be unreadable (no JSON, no text); they are counted and skipped.
     """
 
-    root: str
+    root: str = Field(min_length=1)
     train_split: str = "train"
     validation_split: str = "valid"
     max_bad_lines: int = Field(default=10, ge=0)
+
+    @field_validator("train_split", "validation_split")
+    @classmethod
+    def _is_below_the_root(cls, split: str) -> str:
+        parts = PurePosixPath(split).parts
+        if not parts or split.startswith("/") or ".." in parts:
+            raise ValueError(f"{split!r} names no folder below corpus.root")
+        return "/".join(parts)
 
 
 @dataclass(frozen=True)
@@ -135,15 +149,48 @@ def _lines(uri: str) -> Iterator[bytes]:
     with storage.open_read(uri) as raw:
         try:
             yield from _decompressed(raw, uri)
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise DataError(f"{uri} is cut short or damaged: {error}") from error
 
 
 def _decompressed(raw: BinaryIO, uri: str) -> Iterable[bytes]:
-    import zstandard
-
     if uri.endswith(".gz"):
         return gzip.open(raw)
     if uri.endswith(".zst"):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_ZstdFrames(raw))
     return raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The text of one zstd frame after the other.
+
+    zstandard's own stream_reader takes a file that is cut short for one that ends there, and loses the rest in
+    silence; this one raises EOFError, as gzip does.
+    """
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._packed, self._decompressor = packed, zstandard.ZstdDecompressor()
+        self._frame: ZstdDecompressionObj | None = None
+        self._left = b""  # packed bytes after the end of a frame
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            packed = self._left or self._packed.read(_PACKED_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends before its last zstd frame does")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._text = memoryview(self._frame.decompress(packed))
+            self._left = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        n = min(len(buffer), len(self._text))
+        buffer[:n], self._text = self._text[:n], self._text[n:]
+        return n

@@ -6,6 +6,7 @@ process follows that file and shows one line of progress on a terminal, and litt
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -26,7 +27,6 @@ from tqdm import tqdm
 
 from cbtm import stages, storage
 from cbtm.errors import CbtmError, ConfigError, Interrupted
-from cbtm.process import STOP_WITH_PARENT
 from cbtm.progress import PREFIX
 from cbtm.run import Run
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 COMPILED = "compiled/cbtm.yaml"
 _POLL_SECONDS = 0.3
+_STOP_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _STAGE_DONE = re.compile(r"stage=(\S+) root=(\S+) (files=\d+ done|up to date)")
 
 
@@ -62,7 +64,6 @@ def run_pipeline(run: Run) -> None:
     environment = {
         **os.environ,
         "CBTM_PROGRESS_SECONDS": "1",
-        STOP_WITH_PARENT: "1",
         # Two tasks run at once; more threads than cores would have them wait for each other.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
@@ -77,6 +78,7 @@ def run_pipeline(run: Run) -> None:
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops all of them in order
         )
     code = _follow(child, log)
+    _stop(child)  # tasks that outlived a pipeline that failed
     if not storage.exists(run.uri("manifest.json")) or code != 0:
         raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
     logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)
@@ -107,6 +109,7 @@ def _follow(child: "subprocess.Popen[bytes]", log: Path) -> int:
                     return child.returncode
                 time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
+        logger.info("stopping: the tasks save their checkpoints")
         _stop(child)
         raise Interrupted("stopped; run the same command to go on from here") from None
     finally:
@@ -115,24 +118,14 @@ def _follow(child: "subprocess.Popen[bytes]", log: Path) -> int:
 
 def _stop(child: "subprocess.Popen[bytes]") -> None:
     """Let every task save a checkpoint: SIGTERM to the whole session, and a bound on the patience."""
-    logger.info("stopping: the tasks save their checkpoints")
-    with contextlib.suppress(ProcessLookupError):
+    deadline = time.monotonic() + _STOP_SECONDS
+    with contextlib.suppress(ProcessLookupError):  # the group is gone when its last process is
         os.killpg(child.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(timeout=30)
-    _wait_for_group(child.pid, seconds=60)
-    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            child.poll()
+            os.killpg(child.pid, 0)
+            time.sleep(_POLL_SECONDS)
         os.killpg(child.pid, signal.SIGKILL)
-
-
-def _wait_for_group(group: int, *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -205,10 +198,25 @@ def _reason(log: Path) -> str:
     return "the pipeline failed:\n" + "\n".join(lines[-15:])
 
 
+def _stop_with_parent() -> None:
+    """End this session's tasks with this process, and this process with the one that started it, however it ends."""
+    signal.signal(signal.SIGTERM, _stop_session)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop_session(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    # Not sys.exit: kfp's threads would be waited for, and they wait for tasks that may take a while to save.
+    os._exit(Interrupted.exit_code)
+
+
 def main() -> None:
     """Execute the compiled pipeline in this process with the configuration given as the only argument."""
     from kfp import components, local
 
+    _stop_with_parent()
     config = sys.argv[1]
     root = json.loads(config)["root"]
     with tempfile.TemporaryDirectory(prefix="cbtm-kfp-") as scratch:

@@ -164,15 +164,16 @@ def fetch(root: str, manifest: Manifest, paths: Sequence[str], target: Path) -> 
     Raises:
         ManifestError: If a file differs from what the manifest says.
     """
+    wanted = {entry.path: entry for entry in manifest.files}
+    for path in paths:
+        if path not in wanted:
+            raise ManifestError(f"{root}: {path} is not in the manifest of stage {manifest.stage}")
     if not storage.is_s3(root):
         folder = storage.local_path(root)
     else:
         folder = target
         storage.download(root, folder, paths)
-    wanted = {entry.path: entry for entry in manifest.files}
     for path in paths:
-        if path not in wanted:
-            raise ManifestError(f"{root}: {path} is not in the manifest of stage {manifest.stage}")
         _check_file(folder / path, wanted[path], root)
     return folder
 
@@ -221,6 +222,7 @@ def publish(spec: StageSpec, work: Path, metadata: Mapping[str, Any], replaces: 
         metadata=dict(metadata),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    text = manifest.model_dump_json(indent=1)  # before anything is touched: metadata may hold what JSON cannot
     storage.delete(spec.root, [spec.manifest_name])
     if replaces is not None:
         storage.delete(spec.root, sorted(set(replaces.paths()) - set(paths)))
@@ -228,7 +230,7 @@ def publish(spec: StageSpec, work: Path, metadata: Mapping[str, Any], replaces: 
         storage.upload(work, spec.root, paths)
     else:
         _move(work, storage.local_path(spec.root), paths)
-    storage.write_bytes(spec.manifest_uri, manifest.model_dump_json(indent=1).encode())
+    storage.write_bytes(spec.manifest_uri, text.encode())
     return manifest
 
 

@@ -58,11 +58,12 @@ class ShardGroup(BaseModel):
 
 
 class Plan(BaseModel):
-    """All groups of a run."""
+    """All groups of a run, and the corpus root that their paths are relative to."""
 
     model_config = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
+    corpus_root: str = ""
     groups: tuple[ShardGroup, ...]
 
     def part(self, part: Part) -> list[ShardGroup]:
@@ -91,26 +92,27 @@ def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = 
     Args:
         corpus: Where it lies.
         max_groups: Most groups of one split.
-        previous: An earlier plan; local files of the same size and time are not hashed again.
+        previous: An earlier plan; files of the same corpus root, size and time are not hashed again.
 
     Raises:
-        DataError: If a split is empty, or both splits are the same.
+        DataError: If a split is empty, or both splits are the same or one holds the other.
     """
-    if corpus.train_split == corpus.validation_split:
+    train, validation = corpus.train_split, corpus.validation_split
+    if f"{train}/".startswith(f"{validation}/") or f"{validation}/".startswith(f"{train}/"):
         raise DataError(
-            f"corpus.train_split and corpus.validation_split are both {corpus.train_split!r}: a perplexity on "
+            f"corpus.train_split={train!r} and corpus.validation_split={validation!r} share text: a perplexity on "
             "training text says nothing; hold documents out first (cbtm corpus import FOLDER)"
         )
     known = {
         (file.path, file.size, file.version): file.digest
-        for group in (previous.groups if previous else ())
+        for group in (previous.groups if previous and previous.corpus_root == corpus.root else ())
         for file in group.files
     }
     groups = [
-        *_groups(corpus, "train", corpus.train_split, max_groups, known),
-        *_groups(corpus, "validation", corpus.validation_split, max_groups, known),
+        *_groups(corpus, "train", train, max_groups, known),
+        *_groups(corpus, "validation", validation, max_groups, known),
     ]
-    return Plan(groups=tuple(groups))
+    return Plan(corpus_root=corpus.root, groups=tuple(groups))
 
 
 def _groups(

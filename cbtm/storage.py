@@ -3,7 +3,8 @@
 Big data goes through s3transfer: multipart above 64 MiB, several parts and files at once, bounded retries.
 Endpoint, region and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID …) or
 whatever else boto3 finds. A single file appears whole or not at all: locally by rename, in S3 by the nature
-of a put. A folder becomes whole by its manifest (see `cbtm.manifest`), which is written last.
+of a put. A folder becomes whole by its manifest (see `cbtm.manifest`), which is written last. What a killed write
+leaves beside its target is never listed.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import io
 import os
 import shutil
 import stat
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _PART_BYTES = 64 * _MIB
 _PARALLEL_FILES = 16
 _PARALLEL_PARTS = 8
 _READ_BYTES = 4 * _MIB
+_UNFINISHED = ".cbtm-part-"  # prefix of a file that is being written
 
 T = TypeVar("T")
 
@@ -75,13 +77,13 @@ def local_path(uri: str) -> Path:
 
 def exists(uri: str) -> bool:
     """Tell whether a file (not a folder) is there."""
-    return (_s3_size(uri) if is_s3(uri) else _local_size(local_path(uri))) is not None
+    return (_s3_size(uri) if is_s3(uri) else _local_size(uri)) is not None
 
 
 def sizes(uri: str, paths: Sequence[str]) -> dict[str, int | None]:
     """Bytes of each of the files `paths` below `uri`, None for one that is not there; several requests at once."""
     if not is_s3(uri):
-        return {path: _local_size(local_path(join(uri, path))) for path in paths}
+        return {path: _local_size(join(uri, path)) for path in paths}
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
         return dict(zip(paths, pool.map(lambda path: _s3_size(join(uri, path)), paths), strict=True))
 
@@ -104,16 +106,16 @@ def write_bytes(uri: str, data: bytes) -> None:
         bucket, key = _split(uri)
         _guard(uri, lambda: _s3().put_object(Bucket=bucket, Key=key, Body=data))
         return
-    _guard(uri, lambda: _write_atomically(local_path(uri), data))
+    _guard(uri, lambda: _write(local_path(uri), data))
 
 
 def list_files(uri: str) -> list[StoredFile]:
     """List every file below a folder, sorted by path; an absent folder is empty.
 
     Raises:
-        StorageError: If the bucket is not there or may not be read.
+        StorageError: If the bucket is not there, or it or a folder may not be read.
     """
-    return sorted(_list_s3(uri) if is_s3(uri) else _list_local(local_path(uri)))
+    return sorted(_list_s3(uri) if is_s3(uri) else _guard(uri, lambda: list(_list_local(local_path(uri)))))
 
 
 @contextlib.contextmanager
@@ -126,20 +128,20 @@ def open_read(uri: str) -> Iterator[BinaryIO]:
     bucket, key = _split(uri)
     body: Any = _guard(uri, lambda: _s3().get_object(Bucket=bucket, Key=key)["Body"])
     with contextlib.closing(body):
-        yield io.BufferedReader(_Body(body), _READ_BYTES)
+        yield io.BufferedReader(_Body(body, uri), _READ_BYTES)
 
 
 class _Body(io.RawIOBase):
     """A streaming S3 body as the raw stream that gzip, zstandard and line iteration build on."""
 
-    def __init__(self, body: Any) -> None:
-        self._body = body
+    def __init__(self, body: Any, uri: str) -> None:
+        self._body, self._uri = body, uri
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._body.read(len(buffer))
+        data = _guard(self._uri, lambda: bytes(self._body.read(len(buffer))))
         buffer[: len(data)] = data
         return len(data)
 
@@ -148,7 +150,7 @@ def upload(local: Path, uri: str, paths: Sequence[str]) -> None:
     """Copy the files `paths` below the folder `local` to below `uri`, several at once."""
     if not is_s3(uri):
         for path in paths:
-            _guard(uri, lambda path=path: _copy_atomically(local / path, local_path(join(uri, path))))  # type: ignore[misc]
+            _guard(join(uri, path), lambda path=path: _copy(local / path, local_path(join(uri, path))))  # type: ignore[misc]
         return
     bucket, _ = _split(uri)
 
@@ -164,17 +166,19 @@ def download(uri: str, local: Path, paths: Sequence[str]) -> None:
     """Copy the files `paths` below `uri` to below the folder `local`, several at once."""
     if not is_s3(uri):
         for path in paths:
-            _guard(uri, lambda path=path: _copy_atomically(local_path(join(uri, path)), local / path))  # type: ignore[misc]
+            _guard(join(uri, path), lambda path=path: _copy(local_path(join(uri, path)), local / path))  # type: ignore[misc]
         return
     bucket, _ = _split(uri)
 
     def one(path: str) -> None:
-        target = local / path
-        target.parent.mkdir(parents=True, exist_ok=True)
         key = _split(join(uri, path))[1]
         client = _s3()
-        # s3transfer writes beside the target and renames, so a killed download leaves no torn file.
-        _guard(join(uri, path), lambda: client.download_file(bucket, key, str(target), Config=_transfer()))
+
+        def fetch() -> None:
+            with _written_whole(local / path) as unfinished:
+                client.download_file(bucket, key, str(unfinished), Config=_transfer())
+
+        _guard(join(uri, path), fetch)
 
     _in_parallel(one, paths)
 
@@ -189,7 +193,10 @@ def delete(uri: str, paths: Sequence[str]) -> None:
     keys = [_split(join(uri, path))[1] for path in paths]
     for start in range(0, len(keys), 1000):  # the most that one request takes
         batch = [{"Key": key} for key in keys[start : start + 1000]]
-        _guard(uri, lambda batch=batch: _s3().delete_objects(Bucket=bucket, Delete={"Objects": batch}))  # type: ignore[misc]
+        answer: Any = _guard(uri, lambda batch=batch: _s3().delete_objects(Bucket=bucket, Delete={"Objects": batch}))  # type: ignore[misc]
+        for refused in answer.get("Errors", []):  # the request as a whole succeeds nevertheless
+            remedy = _REMEDIES.get(refused["Code"], refused["Code"])
+            raise StorageError(f"s3://{bucket}/{refused['Key']} cannot be removed: {remedy}")
 
 
 def check_writable(uri: str) -> None:
@@ -198,7 +205,7 @@ def check_writable(uri: str) -> None:
     Raises:
         StorageError: Saying what failed and what to do.
     """
-    name = f".cbtm-probe-{os.getpid()}"
+    name = f".cbtm-probe-{uuid.uuid4().hex}"  # no process id: every pod's is 1
     write_bytes(join(uri, name), b"cbtm")
     try:
         if read_bytes(join(uri, name)) != b"cbtm":
@@ -226,47 +233,53 @@ def sha256(uri: str) -> str:
 
 
 def _list_local(root: Path) -> Iterator[StoredFile]:
-    for folder, folders, names in os.walk(root):
-        folders.sort()
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those are an absent folder
+            raise error
+
+    # Links are followed: a corpus is often put together from shards that lie elsewhere.
+    for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
         for name in names:
             path = Path(folder, name)
             with contextlib.suppress(FileNotFoundError):  # removed between walk and stat: it is not there
                 status = path.stat()
-                yield StoredFile(path.relative_to(root).as_posix(), status.st_size, str(status.st_mtime_ns))
+                if not name.startswith(_UNFINISHED):
+                    yield StoredFile(path.relative_to(root).as_posix(), status.st_size, str(status.st_mtime_ns))
 
 
-def _local_size(path: Path) -> int | None:
+def _local_size(uri: str) -> int | None:
     try:
-        status = path.stat()
+        status = local_path(uri).stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise _explain(error, uri) from error
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which becomes `path` if nothing failed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = path.with_name(_UNFINISHED + uuid.uuid4().hex)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield unfinished
+        os.replace(unfinished, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
-def _copy_atomically(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write(path: Path, data: bytes) -> None:
+    with _written_whole(path) as unfinished, unfinished.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy(source: Path, target: Path) -> None:
+    with _written_whole(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 # --- S3 ---
@@ -313,8 +326,8 @@ def _s3() -> "S3Client":
     return boto3.session.Session().client(
         "s3",
         config=BotoConfig(
-            retries={"mode": "standard", "max_attempts": 8},
-            connect_timeout=10,
+            retries={"mode": "standard", "total_max_attempts": 8},
+            connect_timeout=5,
             read_timeout=60,
             max_pool_connections=_PARALLEL_FILES * 2,
             # Stores other than AWS refuse or mishandle the trailing checksums of newer boto3 versions.
@@ -367,7 +380,7 @@ _REMEDIES = {
 def _explain(error: Exception, uri: str) -> StorageError:
     """Translate an operating-system or botocore error into what happened and what to do."""
     if isinstance(error, FileNotFoundError):
-        return StorageError(f"{uri} is not there")
+        return StorageError(f"{error.filename or uri} is not there")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return StorageError(f"no space left on the disk that holds {uri}; free some and run again")
     if isinstance(error, PermissionError):
@@ -375,8 +388,11 @@ def _explain(error: Exception, uri: str) -> StorageError:
     name, code = type(error).__name__, _code(error)
     if code in _REMEDIES:
         return StorageError(f"{uri}: {_REMEDIES[code]} ({code})")
-    if "NoSuchBucket" in str(error):  # s3transfer wraps the reason into text
-        return StorageError(f"{uri}: {_REMEDIES['NoSuchBucket']}")
+    for code, remedy in _REMEDIES.items():
+        if f"({code})" in str(error):  # s3transfer wraps the reason into text
+            return StorageError(f"{uri}: {remedy} ({code})")
+    if "Invalid endpoint" in str(error):
+        return StorageError(f"{uri}: {error}; AWS_ENDPOINT_URL is to be a URL such as http://host:9000")
     if name in {"NoCredentialsError", "PartialCredentialsError"}:
         return StorageError(f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if name in {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"}:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, Literal, Protocol, Self
 
 import numpy as np
 import orjson
@@ -50,7 +50,7 @@ class TokenShardWriter:
     def __init__(self, folder: Path, stem: str, *, vocab_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._stem = folder, stem
-        self._dtype = token_dtype(vocab_size)
+        self._dtype, self._vocab_size = token_dtype(vocab_size), vocab_size
         self._offsets: list[int] = [0]
         self._n_bytes = 0
         self._tokens: IO[bytes] = (folder / f"{stem}{TOKENS}").open("wb")
@@ -58,7 +58,15 @@ class TokenShardWriter:
         self._write_header()
 
     def add(self, record: DocumentRecord, tokens: NDArray[np.integer[Any]]) -> None:
-        """Append one document, its separator included."""
+        """Append one document, its separator included.
+
+        Raises:
+            DataError: If a token id is outside [0, vocab_size), which the smaller type would wrap around.
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            raise DataError(
+                f"{record.sp_id}: token ids {tokens.min()} to {tokens.max()} do not fit vocab_size={self._vocab_size}"
+            )
         self._tokens.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._offsets.append(self._offsets[-1] + len(tokens))
         self._documents.write(orjson.dumps({"sp_id": record.sp_id, "bytes": record.n_bytes}) + b"\n")
@@ -98,12 +106,15 @@ class TokenDocuments:
 
     Args:
         shards: Pairs of folder and stem, in the order in which they are to be read.
+
+    Raises:
+        DataError: If the files of a shard are cut short or do not belong together.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, str]]) -> None:
         self._shards = list(shards)
-        self._tokens = [np.load(folder / f"{stem}{TOKENS}", mmap_mode="r") for folder, stem in shards]
-        self._offsets = [np.load(folder / f"{stem}{OFFSETS}") for folder, stem in shards]
+        self._tokens = [_array(folder / f"{stem}{TOKENS}", mmap_mode="r") for folder, stem in shards]
+        self._offsets = [_array(folder / f"{stem}{OFFSETS}") for folder, stem in shards]
         for (folder, stem), tokens, offsets in zip(shards, self._tokens, self._offsets, strict=True):
             if offsets[-1] != len(tokens):
                 raise DataError(f"{folder / stem}: {len(tokens)} tokens but the last document ends at {offsets[-1]}")
@@ -120,13 +131,17 @@ class TokenDocuments:
         return sum(len(offsets) - 1 for offsets in self._offsets)
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens start … start + length of the stream, across documents and shards; shape (length,)."""
+        """Tokens start … start + length of the stream, across documents and shards; shape (length,).
+
+        Raises:
+            IndexError: If the stream does not hold all of them.
+        """
+        if start < 0 or start + length > self.n_tokens:
+            raise IndexError(f"tokens {start} to {start + length} are not all in the stream of {self.n_tokens}")
         out = np.empty(length, dtype=np.int64)
         done = 0
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while done < length:
-            if shard >= len(self._tokens):
-                raise IndexError(f"token {start + length} is beyond the end {self.n_tokens}")
             begin = start + done - int(self._starts[shard])
             piece = self._tokens[shard][begin : begin + length - done]
             out[done : done + len(piece)] = piece
@@ -152,3 +167,11 @@ class TokenDocuments:
                 values = orjson.loads(line)
                 records.append(DocumentRecord(values["sp_id"], values["bytes"]))
         return records
+
+
+def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is cut short or no array: {error}; remove its manifest to build it again") from error
+    return array

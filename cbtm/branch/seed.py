@@ -97,17 +97,33 @@ def load_model(folder: Path) -> "nn.Module":
     """Open a Hugging Face causal language model in float32, from safetensors only.
 
     Raises:
-        ConfigError: If transformers cannot open the folder.
+        ConfigError: If transformers cannot open the folder, or the weights are not all there.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    _hide_progress_bars()
+    opened: Any
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        opened = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} cannot be opened as a causal language model: {error}") from error
+    model: nn.Module = opened[0]
+    missing = sorted(opened[1]["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise ConfigError(
+            f"{folder} has no weights for {len(missing)} tensors of its model, such as {missing[0]}; "
+            "save the whole causal language model again"
+        )
     return model
 
 
@@ -137,6 +153,14 @@ def save_model(model: "nn.Module", folder: Path) -> None:
     """Write a plain Hugging Face folder with safetensors, which `from_pretrained` opens."""
     from transformers import PreTrainedModel
 
+    _hide_progress_bars()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     model.save_pretrained(str(folder))
+
+
+def _hide_progress_bars() -> None:
+    """Stop transformers from drawing bars of its own on stderr while it reads and writes weights."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -50,6 +50,8 @@ class TextTokenizer:
         # Padding or truncation that a published tokenizer.json switches on would corrupt the token stream.
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        # Text that spells a special token is text: it must not end a document in its middle.
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.separator = separator
         self.separator_id: int = separator_id
@@ -62,19 +64,22 @@ class TextTokenizer:
         Raises:
             ConfigError: If the folder holds neither, or names no BOS and no EOS token.
         """
-        if (folder / "tokenizer.json").is_file():
-            try:
-                tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise ConfigError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-            _make_byte_level(tokenizer)
-        else:
-            raise ConfigError(
-                f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt; for other formats save "
-                "transformers' AutoTokenizer with save_pretrained first"
-            )
+        whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        try:
+            if whole.is_file():
+                tokenizer = Tokenizer.from_file(str(whole))
+            elif vocabulary.is_file() and merges.is_file():
+                tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+                _make_byte_level(tokenizer)
+            else:
+                raise ConfigError(
+                    f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt; for other formats save "
+                    "transformers' AutoTokenizer with save_pretrained first"
+                )
+        except ConfigError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConfigError(f"the files in {folder} cannot be read as a tokenizer: {error}") from error
         return cls(tokenizer, _separator_of(folder, tokenizer))
 
     @classmethod
@@ -179,5 +184,8 @@ def _separator_of(folder: Path, tokenizer: Tokenizer) -> str:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
     return values if isinstance(values, dict) else {}

@@ -5,15 +5,15 @@ min-cost flow, including the choice of which n mod k clusters take the extra poi
 unknowns, so we solve it from there instead of by an auction (the reference implementation) or a general flow solver:
 
 1. *Prices.* The dual, sum_i min_j (cost_ij + price_j) - n/k sum_j price_j, is smoothed by a log-sum-exp of width
-   epsilon and maximised by Newton's method on k prices while epsilon shrinks (the regularised semi-dual of Cuturi
-   and Peyré 2016, doi 10.1137/15M1032600).
+   epsilon and maximised by Newton's method on k prices while epsilon shrinks (the smoothed dual of Cuturi and Peyré
+   2016, doi 10.1137/15M1032600).
 2. *Repair.* argmin_j (cost_ij + price_j) is optimal for the sizes that it happens to have, whatever the prices. The
    few surplus points move along successive shortest paths (Ahuja, Magnanti and Orlin 1993, section 9.7) in the
    residual graph of the clusters, where the edge a -> b weighs the least cost_ib - cost_ia of a point i in a. One
    more node, the pool, hands out the n mod k extra places, so that the paths move these too.
 
 The repair works on costs rounded to whole numbers, so that its sums are exact and a shortest path is one: the grid is
-at most 2^-49 (k + 2) of the widest row. Ties go to the lowest index.
+at most 2^-49 (k + 2) of the widest row. Ties are broken by index, so the same input gives the same labels.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,18 +35,20 @@ from cbtm.errors import ConfigError, DataError
 # Smoothing widths as parts of the typical row range (largest minus least cost of a point). Clustered or repeated
 # points need the narrow ones; most problems end at 0.003 or 0.001.
 _WIDTHS = (0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
+_WIDTH_FROM_PRICES = 0.001  # the narrowest at which good start prices enter
 # The last width is the one at which this part of the points, or less, is shared between clusters: moving so few
 # takes less time than a narrower width.
-_UNSETTLED_TOLERANCE = 0.01
+_UNSETTLED_TOLERANCE = 0.003
 # Widths from here up are solved on every m-th point, so that about this many take part.
 _WIDTH_ON_SAMPLE = 0.01
 _SAMPLE_AT_LEAST = 8192
 _SAMPLE_PER_CLUSTER = 64
 # Newton steps per width at most; what is not balanced by then is left to the next width, at last to the repair.
 _NEWTON_STEPS = 12
-_LINE_SEARCH_STEPS = 4
+_LINE_SEARCH_STEPS = 4  # evaluations on the way back from a step that goes too far
 # A width is solved when no cluster's expected size is off by more than this part of n/k.
-_IMBALANCE_TOLERANCE = 0.02
+_ROUGH_IMBALANCE = 0.02
+_IMBALANCE_TOLERANCE = 0.002
 # Part of n/k added to the diagonal of the second derivative, and the longest step in widths.
 _DAMPING = 1e-3
 _LONGEST_STEP = 10
@@ -87,7 +90,7 @@ def balanced_assignment(
         The assignment. The same input gives the same labels.
 
     Raises:
-        DataError: If `cost` is not a matrix, is empty or holds a NaN or an infinity.
+        DataError: If `cost` is not a matrix, is empty, or holds a NaN, an infinity or too wide a row.
         ConfigError: If there are more clusters than points, or `initial_prices` does not fit.
     """
     cost = _checked_cost(cost)
@@ -97,16 +100,26 @@ def balanced_assignment(
     scale = _Scale.of(cost)
     prices = np.zeros(n_clusters)
     if scale.typical_range > 0:
-        with np.errstate(over="ignore", under="ignore"), _blas_threads().limit(limits=1, user_api="blas"):
+        with np.errstate(over="ignore", under="ignore"), one_blas_thread():
             prices = _smoothed_prices(cost, initial_prices, scale)
     repair = _Repair(cost, prices, scale)
     repair.run()
-    labels = repair.labels
-    return BalancedAssignment(
-        labels=labels,
-        prices=repair.prices(),
-        total_cost=float(cost[np.arange(n_points), labels].sum(dtype=np.float64)),
-    )
+    total_cost = float(cost[np.arange(n_points), repair.labels].sum(dtype=np.float64))
+    return BalancedAssignment(repair.labels, repair.prices(), total_cost)
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Hold matrix products to one thread.
+
+    The products here are small: threads that wait for each other on a busy machine made them ten times slower. It
+    also keeps results independent of the number of cores.
+    """
+    return cast("AbstractContextManager[object]", _blas_libraries().limit(limits=1, user_api="blas"))
+
+
+@functools.cache
+def _blas_libraries() -> ThreadpoolController:
+    return ThreadpoolController()  # a search through the loaded libraries: 3 ms, once
 
 
 def _checked_cost(cost: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -128,14 +141,13 @@ def _checked_cost(cost: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     return cost
 
 
-def _checked_prices(prices: NDArray[np.floating[Any]], n_clusters: int) -> NDArray[np.float64]:
-    prices = np.asarray(prices, dtype=np.float64)
+def _checked_prices(initial_prices: NDArray[np.floating[Any]], n_clusters: int) -> NDArray[np.float64]:
+    prices = np.asarray(initial_prices, dtype=np.float64)
     if prices.shape != (n_clusters,) or not np.isfinite(prices).all():
         raise ConfigError(
-            f"initial_prices has shape {prices.shape}; pass one finite price for each of the {n_clusters} clusters"
+            f"initial_prices is {initial_prices!r}; pass one finite price for each of {n_clusters} clusters"
         )
-    centred: NDArray[np.float64] = prices - prices.mean()
-    return centred
+    return prices
 
 
 @dataclass(frozen=True)
@@ -191,16 +203,9 @@ def _row_blocks(cost: NDArray[np.floating[Any]]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, n_points, step))
 
 
-@functools.cache
-def _blas_threads() -> ThreadpoolController:
-    # One thread: the products are small, and threads that wait for each other on a busy machine made this
-    # ten times slower. It also keeps the result independent of the number of cores.
-    return ThreadpoolController()
-
-
 def _narrowest_within_reach(rows: NDArray[np.float32], prices: NDArray[np.float64]) -> int | None:
     """Index of the narrowest width at which one Newton step from `prices` is short, None if there is none."""
-    for index in reversed(range(len(_WIDTHS))):
+    for index in reversed(range(_WIDTHS.index(_WIDTH_FROM_PRICES) + 1)):
         if np.abs(_SmoothedDual(rows, prices, _WIDTHS[index]).newton_step()).max() <= _LONGEST_STEP:
             return index
     return None
@@ -210,7 +215,7 @@ def _balance(rows: NDArray[np.float32], prices: NDArray[np.float64], width: floa
     """Maximise the smoothed dual of one width over `rows` (k, n), from `prices` (k,)."""
     dual = _SmoothedDual(rows, prices, width)
     for _ in range(_NEWTON_STEPS):
-        if dual.imbalance <= _IMBALANCE_TOLERANCE:
+        if dual.imbalance <= (_ROUGH_IMBALANCE if width >= _WIDTH_ON_SAMPLE else _IMBALANCE_TOLERANCE):
             break
         step = dual.newton_step()
         step *= min(1.0, _LONGEST_STEP / np.abs(step).max())
@@ -236,9 +241,8 @@ class _SmoothedDual:
         self._mass = np.zeros(n_clusters)
         self._overlap = np.zeros((n_clusters, n_clusters))
         shift = prices.astype(np.float32)[:, None]
-        block_points = max(1, _BLOCK_NUMBERS // n_clusters)
-        for start in range(0, n_points, block_points):
-            shares = rows[:, start : start + block_points] + shift  # (k, block)
+        for part in _row_blocks(rows.T):
+            shares = rows[:, part] + shift  # (k, block)
             shares -= shares.min(axis=0)
             shares *= np.float32(-1 / width)
             np.exp(shares, out=shares)
@@ -312,12 +316,9 @@ class _Repair:
             labels[part] = (self._whole_costs(part) + whole_prices).argmin(axis=1)
         return labels
 
-    def _members(self, cluster: int) -> NDArray[np.intp]:
-        return np.flatnonzero(self.labels == cluster)
-
     def _weigh_edges(self, clusters: Iterable[int]) -> None:
         for cluster in clusters:
-            members = self._members(cluster)
+            members = np.flatnonzero(self.labels == cluster)
             weights = self._edges[cluster]
             weights[: self._pool] = np.inf
             if len(members):
@@ -350,9 +351,9 @@ class _Repair:
         moves = []
         for source, target in pairwise(path):
             if self._pool in (source, target):
-                limit = 1
+                limit = min(limit, 1)
                 continue
-            members = self._members(source)
+            members = np.flatnonzero(self.labels == source)
             whole = self._whole_costs(members)
             tied = members[whole[:, target] - whole[:, source] == self._edges[source, target]]
             limit = min(limit, len(tied))
@@ -360,11 +361,9 @@ class _Repair:
         assert limit > 0, "an edge without a point of its weight: the grid is not exact"
         for tied, target in moves:
             self.labels[tied[:limit]] = target
-        for source, target in pairwise(path):
-            if target == self._pool:
-                self._has_extra[source] = True
-            elif source == self._pool:
-                self._has_extra[target] = False
+        if self._pool in path:  # always between two clusters: the first takes the extra place that the second gives
+            middle = path.index(self._pool)
+            self._has_extra[path[middle - 1]], self._has_extra[path[middle + 1]] = True, False
         self._sizes = np.bincount(self.labels, minlength=self._pool)
         self._weigh_edges(node for node in path if node != self._pool)
 

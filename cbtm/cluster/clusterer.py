@@ -87,20 +87,22 @@ class Clusterer:
         Raises:
             ManifestError: If the folder is incomplete, of another format, or its parts do not fit together.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            found, n_clusters = settings["format"], settings["n_clusters"]
             centers = load_file(folder / CENTERS_FILE)["centers"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ManifestError(f"{folder} is no clusterer folder: {error}") from error
-        if settings.get("format") != _FORMAT:
-            raise ManifestError(f"{folder}: clusterer format {settings.get('format')!r}, this cbtm reads {_FORMAT}")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ManifestError(f"{folder} is no clusterer folder: {error}; fit the clusterer again") from error
+        if found != _FORMAT:
+            raise ManifestError(f"{folder}: clusterer format {found!r}, this cbtm reads {_FORMAT}")
         embedder = TfidfSvdEmbedder.load(folder)
-        if centers.shape[1] != embedder.n_components_:
+        if centers.shape != (n_clusters, embedder.n_components_):
             raise ManifestError(
-                f"{folder}: centres of length {centers.shape[1]} do not fit an embedder of length "
-                f"{embedder.n_components_}"
+                f"{folder}: centres of shape {centers.shape} do not fit {n_clusters} clusters and an embedder of "
+                f"length {embedder.n_components_}; fit the clusterer again"
             )
         return cls(embedder, centers)
 

@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 SETTINGS_FILE = "embedder.json"
 ARRAYS_FILE = "embedder.safetensors"
+
+_SETTINGS = ("n_components", "min_document_frequency", "svd_iterations", "random_state")
 
 # Every maximal run of two or more word characters: the same matches as \b\w\w+\b, a quarter quicker.
 _WORD = re.compile(r"\w\w+")
@@ -139,7 +141,7 @@ class TfidfSvdEmbedder:
         self._learn_projection(tfidf)
         vectors: NDArray[np.float32] = tfidf @ np.ascontiguousarray(self.components_.T)
         filled_rows = int(np.count_nonzero(np.diff(tfidf.indptr)))  # ||A||^2: every row with a word has norm 1
-        self.explained_energy_ = float(np.square(vectors, dtype=np.float64).sum() / filled_rows)
+        self.explained_energy_ = min(1.0, float(np.square(vectors, dtype=np.float64).sum() / filled_rows))
         return _unit_rows(vectors)
 
     def transform(self, texts: Iterable[str]) -> NDArray[np.float32]:
@@ -162,7 +164,7 @@ class TfidfSvdEmbedder:
 
         A centre is carried back to tf-idf weights by the transposed projection. The mean is taken off so that
         words which are frequent in every cluster do not open every list; a single centre is shown as it is.
-        Words of three or more letters come first; others only fill up.
+        Words of three or more letters come first; shorter ones and identifiers only fill up.
 
         Args:
             centers: Points in the embedding, shape (k, d).
@@ -182,13 +184,14 @@ class TfidfSvdEmbedder:
             )
         if len(centers) > 1:
             centers = centers - centers.mean(axis=0)
-        vocabulary = np.array(list(self.vocabulary_), dtype=object)
-        is_plain = np.array([len(word) > 2 and word.isalpha() for word in self.vocabulary_])
+        vocabulary = list(self.vocabulary_)
+        is_plain = np.array([len(word) > 2 and word.isalpha() for word in vocabulary])
+        plain, others = np.flatnonzero(is_plain), np.flatnonzero(~is_plain)
         terms = []
         for center in centers:
             weights = center @ self.components_  # (V,)
-            order = np.lexsort((np.arange(len(weights)), -weights, ~is_plain))[:n]
-            terms.append([str(word) for word in vocabulary[order]])
+            strongest = [group[np.argsort(-weights[group], kind="stable")[:n]] for group in (plain, others)]
+            terms.append([vocabulary[column] for column in np.concatenate(strongest)[:n]])
         return terms
 
     def save(self, folder: Path) -> None:
@@ -199,10 +202,7 @@ class TfidfSvdEmbedder:
         save_file({"idf": self.idf_, "components": self.components_}, folder / ARRAYS_FILE)
         settings = {
             "format_version": FORMAT_VERSION,
-            "n_components": self.n_components,
-            "min_document_frequency": self.min_document_frequency,
-            "svd_iterations": self.svd_iterations,
-            "random_state": self.random_state,
+            **{name: getattr(self, name) for name in _SETTINGS},
             "n_documents": self.n_documents_,
             "explained_energy": self.explained_energy_,
             "vocabulary": list(self.vocabulary_),
@@ -224,27 +224,22 @@ class TfidfSvdEmbedder:
                 f"this cbtm reads {FORMAT_VERSION}; fit the clusterer again"
             )
         try:
-            embedder = cls(
-                n_components=settings["n_components"],
-                min_document_frequency=settings["min_document_frequency"],
-                svd_iterations=settings["svd_iterations"],
-                random_state=settings["random_state"],
-            )
-            embedder.n_documents_ = settings["n_documents"]
-            embedder.explained_energy_ = settings["explained_energy"]
-            embedder.vocabulary_ = {word: column for column, word in enumerate(settings["vocabulary"])}
-            embedder._set_arrays(arrays["idf"], arrays["components"])
-        except KeyError as error:
-            raise ManifestError(f"{folder} lacks the entry {error}; fit the clusterer again") from error
-        _check_shapes(folder, settings["vocabulary"], embedder)
+            embedder = cls(**{name: settings[name] for name in _SETTINGS})
+            embedder.n_documents_ = int(settings["n_documents"])
+            embedder.explained_energy_ = float(settings["explained_energy"])
+            vocabulary, idf, components = list(settings["vocabulary"]), arrays["idf"], arrays["components"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{folder} lacks an entry or holds a wrong one: {error!r}") from error
+        _check_shapes(folder, vocabulary, idf, components)
+        embedder.vocabulary_ = {word: column for column, word in enumerate(vocabulary)}
+        embedder._set_arrays(idf, components)
         return embedder
 
     def _set_arrays(self, idf: NDArray[np.float32], components: NDArray[np.float32]) -> None:
         self.idf_ = idf
         self.components_ = components
-        self.n_components_ = components.shape[0]
-        if components.ndim == 2 and idf.shape == components.shape[1:]:
-            self.word_vectors_ = np.ascontiguousarray((components * idf).T)
+        self.n_components_ = len(components)
+        self.word_vectors_ = np.ascontiguousarray((components * idf).T)
 
     def _learn_vocabulary(self, texts: Iterable[str]) -> csr_matrix:
         """Count words in one pass and keep those that are features; returns counts, float32, shape (n, V)."""
@@ -382,12 +377,13 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     return settings, arrays
 
 
-def _check_shapes(folder: Path, vocabulary: Sequence[str], embedder: TfidfSvdEmbedder) -> None:
-    n_words, idf, components = len(vocabulary), embedder.idf_, embedder.components_
-    fits = idf.shape == (n_words,) and components.ndim == 2 and components.shape[1] == n_words
-    if not fits or len(embedder.vocabulary_) != n_words or {idf.dtype, components.dtype} != {np.dtype(np.float32)}:
+def _check_shapes(folder: Path, vocabulary: list[str], idf: NDArray[Any], components: NDArray[Any]) -> None:
+    n_words = len(vocabulary)
+    if vocabulary != sorted(set(vocabulary)):
+        raise ManifestError(f"{folder / SETTINGS_FILE} has a vocabulary that is not sorted, or repeats a word")
+    fits = idf.shape == (n_words,) and components.ndim == 2 and components.shape[1] == n_words and n_words > 0
+    if not fits or {idf.dtype, components.dtype} != {np.dtype(np.float32)}:
         raise ManifestError(
-            f"{folder} holds parts that do not belong together: {n_words} words "
-            f"({len(embedder.vocabulary_)} different), idf {idf.dtype}{list(idf.shape)}, "
+            f"{folder} holds parts that do not belong together: {n_words} words, idf {idf.dtype}{list(idf.shape)}, "
             f"components {components.dtype}{list(components.shape)}; fit the clusterer again"
         )

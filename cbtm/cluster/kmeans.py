@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cbtm.cluster.assignment import balanced_assignment
+from cbtm.cluster.assignment import balanced_assignment, one_blas_thread
 from cbtm.errors import ConfigError, DataError
 
 # Rows per block of distances: with 100 columns, the float32 block stays in a second-level cache.
@@ -76,16 +76,11 @@ def balanced_kmeans(
         DataError: If `x` is not a matrix, has no columns, or holds a NaN or an infinity.
     """
     x = _checked_points(x)
-    _check_settings(len(x), n_clusters, n_init, max_iterations, tolerance)
+    _check_settings(len(x), n_clusters, random_state, n_init, max_iterations, tolerance)
     rng = np.random.default_rng(random_state)
-    best: KMeansResult | None = None
-    for _ in range(n_init):
-        centers = _best_start(x, n_clusters, rng)
-        result = _lloyd(x, centers, max_iterations, tolerance, progress)
-        if best is None or result.inertia_ < best.inertia_:
-            best = result
-    assert best is not None
-    return best
+    with one_blas_thread():
+        runs = (_lloyd(x, _best_start(x, n_clusters, rng), max_iterations, tolerance, progress) for _ in range(n_init))
+        return min(runs, key=lambda run: run.inertia_)
 
 
 def squared_distances(x: NDArray[np.float32], centers: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -145,12 +140,15 @@ def _checked_points(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return x
 
 
-def _check_settings(n_points: int, n_clusters: int, n_init: int, max_iterations: int, tolerance: float) -> None:
+def _check_settings(
+    n_points: int, n_clusters: int, random_state: int, n_init: int, max_iterations: int, tolerance: float
+) -> None:
     for name, value in (("n_clusters", n_clusters), ("n_init", n_init), ("max_iterations", max_iterations)):
         if value < 1:
             raise ConfigError(f"{name}={value} is too small; use at least 1")
-    if not tolerance >= 0:
-        raise ConfigError(f"tolerance={tolerance} is negative; use 0 or more")
+    for name, least_zero in (("random_state", random_state), ("tolerance", tolerance)):
+        if not least_zero >= 0:
+            raise ConfigError(f"{name}={least_zero} is too small; use 0 or more")
     if n_clusters > n_points:
         raise ConfigError(
             f"n_clusters={n_clusters} is larger than the number of documents {n_points}; use at most {n_points}"

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class EvaluateConfig(Config):
 
     temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     distance_powers: tuple[float, ...] = (2, 4)
-    top_k: tuple[int, ...] | None = None
+    top_k: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
     bootstrap_resamples: int = Field(default=1000, ge=100)
     random_state: int = Field(default=0, ge=0)
 
@@ -157,7 +157,7 @@ def evaluate(
         random, best_single_expert, ensemble, experts, by_domain.
 
     Raises:
-        DataError: If there are fewer than four documents, two for each half.
+        DataError: If there are fewer than four documents, two for each half, or one of them has no token.
     """
     if len(validation.tokens) < 4:
         raise DataError(
@@ -165,6 +165,9 @@ def evaluate(
             "choose the temperature and half to report on"
         )
     evaluation = _Evaluation(config, validation, scores)
+    empty = np.flatnonzero(np.diff(validation.offsets) == 0)
+    if len(empty):
+        raise DataError(f"the tokenizer makes no token of validation document {empty[0]}; remove it from the corpus")
     n_clusters = len(scores.experts)
     singles = [evaluation.document_nll(row) for row in scores.experts]
     seed = evaluation.document_nll(scores.seed)
@@ -204,7 +207,7 @@ class _Evaluation:
 
     def document_nll(self, log_probs: NDArray[np.floating[Any]]) -> Array:
         """Sum of negative log-probabilities of each document, shape (n_documents,)."""
-        # reduceat gives the next element for an empty document; there is none, every document has a token.
+        # reduceat gives the next element for an empty document; `evaluate` refuses those.
         return -np.add.reduceat(log_probs.astype(np.float64), self._offsets[:-1])
 
     def perplexity(self, nll: Array, half: str, among: NDArray[np.bool_] | None = None) -> float:

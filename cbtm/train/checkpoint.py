@@ -8,7 +8,7 @@ data never resumes from them.
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _STAGE = "checkpoint"
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_RNG = "rng_state"
+_RNG, _CUDA_RNG = "rng_state", "cuda_rng_state"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class TrainState:
     Attributes:
         step: Steps taken.
         curve: Points of the training curve so far.
+        losses: Losses of the steps since its last point, which the next point is the mean of.
     """
 
     step: int
     curve: list[dict[str, float]]
+    losses: list[float] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -58,15 +60,22 @@ class Checkpoints:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         save_file({name: tensor.detach().contiguous() for name, tensor in _unshared(model)}, work / _MODEL)
-        save_file({**_optimizer_tensors(model, optimizer), _RNG: torch.get_rng_state()}, work / _OPTIMIZER)
-        (work / _STATE).write_text(json.dumps({"step": state.step, "curve": state.curve}), encoding="utf-8")
+        save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors(model)}, work / _OPTIMIZER)
+        (work / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         manifest.publish(self._spec(state.step), work, {"step": state.step})
         shutil.rmtree(work, ignore_errors=True)
-        for step in self._steps()[: -self._keep]:
+        # Later steps than this one are torn or of another training run: this one has just come from before them.
+        steps = self._steps()
+        usable = [step for step in steps if step <= state.step and self._is_complete(step)]
+        for step in sorted(set(steps) - set(usable[-self._keep :])):
             self._remove(step)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Load the newest complete checkpoint of this training run, or return None where there is none."""
+        """Load the newest complete checkpoint of this training run, or return None where there is none.
+
+        Raises:
+            ManifestError: If it is complete but of another model than `model`.
+        """
         for step in reversed(self._steps()):
             spec = self._spec(step)
             try:
@@ -89,6 +98,13 @@ class Checkpoints:
 
     def _spec(self, step: int) -> manifest.StageSpec:
         return manifest.StageSpec(_STAGE, storage.join(self.uri, f"step-{step:08d}"), self._key)
+
+    def _is_complete(self, step: int) -> bool:
+        spec = self._spec(step)
+        try:
+            return manifest.is_current(spec, manifest.load_if_there(spec.manifest_uri))
+        except ManifestError:
+            return False
 
     def _steps(self) -> list[int]:
         names = {file.path.split("/")[0] for file in storage.list_files(self.uri)}
@@ -122,17 +138,37 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
+def _rng_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """States of the generators that dropout draws from."""
+    states = {_RNG: torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        states[_CUDA_RNG] = torch.cuda.get_rng_state(device)
+    return states
+
+
 def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    model.load_state_dict(load_file(folder / _MODEL), strict=False)
+    weights = load_file(folder / _MODEL)
+    # Every tensor stands there once; a tied one is loaded under its first name and seen under the others.
+    wanted, found = {name for name, _ in _unshared(model)}, set(weights)
+    if wanted != found:
+        raise ManifestError(
+            f"the checkpoint {folder} is of another model: {len(wanted - found)} of its tensors are missing and "
+            f"{len(found - wanted)} are unknown, such as {min(wanted ^ found)}; remove the checkpoint to start afresh"
+        )
+    model.load_state_dict(weights, strict=False)
     tensors = load_file(folder / _OPTIMIZER)
     torch.set_rng_state(tensors.pop(_RNG))
+    cuda_rng = tensors.pop(_CUDA_RNG, None)
+    if cuda_rng is not None and (device := next(model.parameters()).device).type == "cuda":
+        torch.cuda.set_rng_state(cuda_rng, device)
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
         by_parameter.setdefault(owner, {})[key] = tensor
     for name, parameter in model.named_parameters():
         if name in by_parameter:
-            on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in by_parameter[name].items()}
-            optimizer.state[parameter] = on_device
+            # The step count too: a fused optimiser keeps it beside the parameter.
+            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in by_parameter[name].items()}
     values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    return TrainState(values["step"], values["curve"])
+    return TrainState(values["step"], values["curve"], values["losses"])

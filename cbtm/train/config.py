@@ -1,6 +1,6 @@
 """Settings of training; free of torch, so that a configuration can be checked where torch is not installed."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,7 @@ class OptimizationConfig(Config):
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=0, ge=0)
     final_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     adam_epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip_norm: float = Field(default=1.0, gt=0)

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+# Logits put in place of the head's own when it is probed: a soft cap of 30 bends these, but not a fresh model's.
+_PROBE_LOGIT = 1000.0
 CHUNK_ROWS = 256  # 256 rows x 50,000 float32 logits are 51 MB, and fit a last-level cache at 4,000
 
 
@@ -59,8 +61,8 @@ class CausalLoss:
     """Loss and log-probabilities of a Hugging Face causal language model, by the leanest way that is exact for it.
 
     Args:
-        model: Any AutoModelForCausalLM. Whether its head is one plain matrix is found by comparing both ways on
-            one short input, not by a list of known models.
+        model: Any AutoModelForCausalLM. Whether its head is one plain matrix is found by looking at what goes into
+            the head and what becomes of its output on one short input, not by a list of known models.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +79,7 @@ class CausalLoss:
 
     @torch.no_grad()
     def log_probs(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Float32 log-probability in nats of each target; shapes (B, T) in and out."""
+        """Float32 log-probability in nats of each target, at most 0; shapes (B, T) in and out."""
         hidden = self._hidden(inputs) if self.plain_head else None
         logits = None if self.plain_head else self._model(input_ids=inputs, use_cache=False).logits
         rows = (logits if hidden is None else hidden).reshape(inputs.numel(), -1)  # type: ignore[union-attr]
@@ -88,7 +90,8 @@ class CausalLoss:
             chunk = (piece @ self._weight().T if self.plain_head else piece).float()
             target = flat[start : start + CHUNK_ROWS]
             out[start : start + CHUNK_ROWS] = chunk.gather(1, target[:, None])[:, 0] - torch.logsumexp(chunk, dim=1)
-        return out.reshape(targets.shape)
+        # A backend's logsumexp may round to below its largest term; ensembles refuse what is above 0. NaN stays NaN.
+        return out.clamp_(max=0.0).reshape(targets.shape)
 
     def _hidden(self, inputs: Tensor) -> Tensor:
         # base_model is the whole decoder without its head, in every transformers causal model.
@@ -100,12 +103,30 @@ class CausalLoss:
     @torch.no_grad()
     def _head_is_one_matrix(self) -> bool:
         head = self._model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
+        if head is None or getattr(head, "bias", None) is not None or self._model.base_model is self._model:
             return False
         training = self._model.training
         self._model.eval()
         probe = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-        expected = self._model(input_ids=probe, use_cache=False).logits
-        same = torch.allclose(self._hidden(probe) @ self._weight().T, expected, rtol=1e-3, atol=1e-3)
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def replace(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            ramp = torch.linspace(-_PROBE_LOGIT, _PROBE_LOGIT, output.numel(), device=output.device)
+            seen.append((inputs[0], output, ramp.reshape(output.shape).to(output.dtype)))
+            return seen[-1][-1]
+
+        handle = head.register_forward_hook(replace)
+        try:
+            logits = self._model(input_ids=probe, use_cache=False).logits
+        finally:
+            handle.remove()
+        hidden = self._hidden(probe)
         self._model.train(training)
-        return same
+        if len(seen) != 1 or seen[0][0].shape != hidden.shape:
+            return False
+        before, output, ramp = seen[0]
+        return (
+            torch.allclose(before, hidden, rtol=1e-3, atol=1e-5)
+            and torch.allclose(output, hidden @ self._weight().T, rtol=1e-3, atol=1e-5)
+            and torch.equal(logits, ramp)
+        )

@@ -42,6 +42,6 @@ class Member:
         stem, _, number = name.partition("-")
         if name in ("seed", "dense"):
             return cls("seed" if name == "seed" else "dense")
-        if stem in ("cluster", "random") and number.isdigit():
+        if stem in ("cluster", "random") and number.isdecimal():
             return cls("expert" if stem == "cluster" else "random", int(number))
         raise ConfigError(f"{name!r} is no member of a run; expected seed, dense, cluster-00000 … or random-00000 …")

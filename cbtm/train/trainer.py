@@ -40,7 +40,7 @@ class TrainResult:
 
 
 class DivergedError(CbtmError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a finite number."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ def train(
 
     Raises:
         Interrupted: On SIGTERM or SIGINT, after saving a checkpoint.
-        DivergedError: When the loss becomes NaN or infinite; the last checkpoint stays.
+        DivergedError: When the loss or the gradient becomes NaN or infinite; the last checkpoint stays.
     """
     loop = _Loop(model, order, config, sequences_per_step)
     with _stop_requested() as stop:
@@ -115,41 +115,46 @@ class _Loop:
         self.curve: list[dict[str, float]] = []
         self._losses: list[float] = []
         self._norm = 0.0
-        self._since = time.perf_counter()
+        self._since, self._timed_from = time.perf_counter(), 0
 
     def resume(self, checkpoints: Checkpoints, report: Report) -> None:
         state = checkpoints.restore(self.model, self.optimizer)
         if state is None:
             return
-        self.step, self.curve = state.step, list(state.curve)
+        self.step, self.curve, self._losses = state.step, list(state.curve), list(state.losses)
+        self._timed_from = self.step
         logger.info("resumed at step=%d/%d from %s", self.step, self.config.steps, checkpoints.uri)
         for point in self.curve:
             report({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
 
     def state(self) -> TrainState:
-        return TrainState(self.step, self.curve)
+        return TrainState(self.step, self.curve, self._losses)
 
     def take_step(self) -> float:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self._accumulate_gradients()
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {self.step}, blocks {self.step * self.sequences} to "
-                f"{(self.step + 1) * self.sequences - 1}; lower learning_rate={self.config.learning_rate}"
-            )
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        self._norm = float(norm)
+        self._check_finite("loss", loss)
+        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm))
+        self._check_finite("gradient norm", self._norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._losses.append(loss)
         return loss
 
+    def _check_finite(self, what: str, value: float) -> None:
+        # Before the weights are touched: neither a checkpoint nor an expert is ever made of NaN.
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the {what} is {value} at step {self.step}, blocks {self.step * self.sequences} to "
+                f"{(self.step + 1) * self.sequences - 1}; lower learning_rate={self.config.learning_rate}"
+            )
+
     def new_point(self) -> Mapping[str, float]:
         now = time.perf_counter()
-        tokens = len(self._losses) * self.sequences * self.config.context_length
+        tokens = (self.step - self._timed_from) * self.sequences * self.config.context_length
         point = {
             "train/loss": sum(self._losses) / len(self._losses),
             "train/learning_rate": self._learning_rate(self.step - 1),
@@ -157,7 +162,7 @@ class _Loop:
             "train/tokens": float(self.step * self.sequences * self.config.context_length),
             "train/tokens_per_second": tokens / (now - self._since),
         }
-        self._losses, self._since = [], now
+        self._losses, self._since, self._timed_from = [], now, self.step
         self.curve.append({"step": float(self.step), **point})
         return point
 

@@ -1,0 +1,331 @@
+"""All stages in one process: what they write, that they are idempotent, and what they refuse."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from safetensors.numpy import load_file, save_file
+from small import settings
+
+from cbtm import stages, storage
+from cbtm.errors import ConfigError, DataError, ManifestError, StorageError
+from cbtm.manifest import run_stage
+from cbtm.run import Run, RunConfig, parse_config
+from cbtm.stages import prepare
+from cbtm.train.member import Member
+
+
+def make_run(values: dict[str, Any]) -> Run:
+    return Run(parse_config(json.dumps(values)))
+
+
+def run_all(run: Run) -> list[str]:
+    stages.plan(run)
+    return [task.run().digest for task in stages.tasks(run)]
+
+
+@pytest.fixture(scope="module")
+def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run."""
+    run = make_run(settings(str(corpus), str(tmp_path_factory.mktemp("run") / "out"), None))
+    run_all(run)
+    return run
+
+
+@pytest.fixture
+def copy(made: Run, tmp_path: Path) -> Run:
+    """A copy of the finished run, to be damaged."""
+    root = tmp_path / "copy"
+    shutil.copytree(made.config.root, root)
+    return Run(made.config.model_copy(update={"root": str(root)}))
+
+
+def test_result_has_the_contract(made):
+    result = made.result()
+    assert set(result) >= {
+        "corpus", "n_clusters", "tokens_per_arm", "n_documents", "n_tokens", "dense", "random", "seed", "ensemble",
+        "experts",
+    }  # fmt: skip
+    assert result["n_clusters"] == 2
+    assert result["tokens_per_arm"] == 20 * 4 * 48
+    assert result["corpus"]["train_documents"] == 160
+    assert result["n_documents"] + result["selection"]["n_documents"] == 40
+    for row in result["ensemble"]:
+        assert set(row) >= {
+            "ensemble", "distance_power", "temperature", "top_k", "perplexity", "bits_per_byte"
+        }  # fmt: skip
+    # Two exponents, two temperatures, top-2 and top-1, and the uniform mean.
+    assert len(result["ensemble"]) == 2 * 2 * 2 + 1
+    assert [expert["cluster"] for expert in result["experts"]] == [0, 1]
+    assert sum(expert["documents"] for expert in result["experts"]) == 160
+
+
+def test_every_arm_sees_the_same_tokens(made):
+    facts = {
+        member.name: json.loads((Path(made.member_root(member)) / "expert.json").read_text())
+        for member in made.config.members
+    }
+    budget = made.result()["tokens_per_arm"]
+    assert facts["dense"]["tokens_seen"] == budget
+    assert facts["cluster-00000"]["tokens_seen"] + facts["cluster-00001"]["tokens_seen"] == budget
+    assert facts["random-00000"]["tokens_seen"] + facts["random-00001"]["tokens_seen"] == budget
+    assert {fact["steps"] for fact in facts.values()} == {20}
+
+
+def test_dense_and_both_partitions_hold_the_same_documents(made, tmp_path):
+    def ids(member: Member) -> list[str]:
+        return [record.sp_id for record in made.train_documents(member, tmp_path).records()]
+
+    dense = sorted(ids(Member("dense")))
+    assert len(dense) == len(set(dense)) == 160
+    assert sorted(ids(Member("expert", 0)) + ids(Member("expert", 1))) == dense
+    assert sorted(ids(Member("random", 0)) + ids(Member("random", 1))) == dense
+    assert abs(len(ids(Member("random", 0))) - 80) <= 1
+
+
+def test_assignment_lines_name_every_document_once(made, corpus):
+    for shard in ("train/00000", "train/00001", "valid/small/00000"):
+        lines = (Path(made.config.root) / "assignments" / shard / "text.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        n_documents = len((corpus / shard / "text.jsonl").read_text().splitlines())
+        assert [record["sp_id"] for record in records] == [f"{shard}/text.jsonl|{i}" for i in range(n_documents)]
+        assert {record["cluster"] for record in records} <= {0, 1}
+
+
+def test_single_expert_perplexity_is_that_of_its_scores(made):
+    offsets = np.load(made.uri("scores/cluster-00001/offsets.npy"))
+    scores = np.load(made.uri("scores/cluster-00001/log_probs.npy"))
+    reported = np.concatenate([scores[offsets[i] : offsets[i + 1]] for i in range(1, 40, 2)])
+    expected = np.exp(-reported.mean(dtype=np.float64))
+    assert made.result()["experts"][1]["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_experts_open_with_transformers(made):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = made.member_root(Member("expert", 1))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == 500
+    assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]).endswith("def f(x):")
+
+
+def test_report_is_one_page_with_the_figures(made):
+    page = Path(made.uri("report.html")).read_text()
+    assert "<svg" in page
+    assert f"{made.result()['dense']['perplexity']:.1f}" in page
+
+
+def test_second_run_builds_nothing(made):
+    before = {path: path.stat().st_mtime_ns for path in Path(made.config.root).rglob("*") if path.is_file()}
+    assert stages.finished(made)
+    run_all(make_run(made.config.model_dump(mode="json")))
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path.name for path in before if before[path] != after[path]} <= {"config.json", "lock"}
+
+
+def test_same_configuration_gives_the_same_result_elsewhere(made, corpus, tmp_path):
+    again = make_run(settings(str(corpus), str(tmp_path / "again"), None))
+    run_all(again)
+    first, second = made.result(), again.result()
+    for result in (first, second):
+        del result["run"]
+    assert first == second
+
+
+def test_changed_setting_rebuilds_what_depends_on_it_and_nothing_else(copy):
+    changed = Run(copy.config.model_copy(update={"evaluate": copy.config.evaluate.model_copy(update={"top_k": (1,)})}))
+    assert not stages.finished(changed)
+    scores = Path(copy.uri("scores/dense/manifest.json")).stat().st_mtime_ns
+    run_all(changed)
+    assert Path(copy.uri("scores/dense/manifest.json")).stat().st_mtime_ns == scores
+    assert {row["top_k"] for row in changed.result()["ensemble"] if row["ensemble"] == "clustering"} == {1}
+
+
+def test_changed_text_is_noticed(made, corpus, tmp_path):
+    moved = tmp_path / "corpus"
+    shutil.copytree(corpus, moved)
+    root = tmp_path / "run"
+    shutil.copytree(made.config.root, root)
+    values = settings(str(moved), str(root), None)
+    assert stages.finished(make_run(values))  # the corpus may move
+    lines = (moved / "train/00000/text.jsonl").read_text().splitlines()
+    (moved / "train/00000/text.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    assert not stages.finished(make_run(values))
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"corpus": {"root": "/nowhere/at/all"}}, DataError, "no corpus files below /nowhere/at/all/train"),
+        (
+            {"cluster": {"n_clusters": 161}, "train": {"sequences_per_step": 161}},
+            ConfigError,
+            "number of documents 160",
+        ),
+        ({"train": {"sequences_per_step": 3}}, ConfigError, "use 4 or 2"),
+        ({"seed_model": {"path": "/no/such/model"}}, ConfigError, "/no/such/model"),
+        ({"root": "/proc/cbtm"}, StorageError, "/proc/cbtm"),
+    ],
+)
+def test_refused_before_any_model_is_trained(corpus, tmp_path, change, error, message):
+    values = settings(str(corpus), str(tmp_path / "out"), None)
+    for section, fields in change.items():
+        if section == "root":
+            values["root"] = fields
+        elif section == "seed_model":
+            values[section] = fields
+        else:
+            values[section] = values[section] | fields
+    with pytest.raises(error, match=message):
+        run_all(make_run(values))
+    assert not list(tmp_path.rglob("seed/manifest.json"))
+    assert not list(tmp_path.rglob("clusterer/manifest.json"))
+
+
+def test_typo_in_a_key_is_refused_with_the_nearest_name(corpus, tmp_path):
+    values = settings(str(corpus), str(tmp_path), None)
+    values["train"]["lerning_rate"] = 1e-3
+    with pytest.raises(ConfigError, match=r"unknown key 'train.lerning_rate'; did you mean 'learning_rate'"):
+        parse_config(json.dumps(values))
+
+
+def test_bad_lines_are_counted_and_beyond_the_limit_refused(corpus, tmp_path):
+    bad = tmp_path / "corpus"
+    shutil.copytree(corpus, bad)
+    with (bad / "train/00001/text.jsonl").open("a") as file:
+        file.write('not json\n{"no": "text"}\n{"text": ""}\n')
+    values = settings(str(bad), str(tmp_path / "out"), None)
+    run = make_run(values)
+    stages.plan(run)
+    stages.tokenizer(run)
+    facts = stages.cluster(run).metadata
+    assert facts["documents"] == 160
+    assert facts["skipped"] == {"not JSON with a text": 2, "empty text": 1}
+    values["corpus"]["max_bad_lines"] = 1
+    values["root"] = str(tmp_path / "strict")
+    strict = make_run(values)
+    stages.plan(strict)
+    with pytest.raises(DataError, match=r"text\.jsonl, line 82: .* more than corpus\.max_bad_lines=1"):
+        stages.cluster(strict)
+
+
+def test_tokenizer_that_does_not_fit_the_seed_model_is_refused(made, corpus, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(made.member_root(Member("seed")), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    values = settings(str(corpus), str(tmp_path / "out"), None) | {"seed_model": {"path": str(folder)}}
+    with pytest.raises(ConfigError, match=r"tokenizer has 500 entries but the seed model's vocabulary is 400"):
+        stages.plan(make_run(values))
+
+
+def test_given_seed_model_is_taken_over_with_its_tokenizer(made, corpus, tmp_path):
+    values = settings(str(corpus), str(tmp_path / "out"), None)
+    values["seed_model"] = {"path": made.member_root(Member("seed"))}
+    run = make_run(values)
+    run_all(run)
+    assert run.result()["seed"]["perplexity"] == pytest.approx(made.result()["seed"]["perplexity"], rel=1e-6)
+
+
+def test_cluster_without_documents_is_refused_and_never_trained_on_everything(corpus, tmp_path):
+    def far_centre(work: Path) -> dict[str, Any]:
+        facts = prepare.cluster(run, work)
+        centers = load_file(work / "centers.safetensors")["centers"]
+        centers[1] = 100.0  # nothing on the unit sphere is near
+        save_file({"centers": centers}, work / "centers.safetensors")
+        return facts
+
+    run = make_run(settings(str(corpus), str(tmp_path / "out"), None))
+    stages.plan(run)
+    stages.tokenizer(run)
+    run_stage(run.cluster_spec(), far_centre)
+    for group in run.plan_made.groups:
+        stages.assign(run, group.name)
+    stages.train(run, Member("seed"))
+    with pytest.raises(DataError, match="0 documents with 0 tokens are less than one block of context_length=48"):
+        stages.train(run, Member("expert", 1))
+    assert not Path(run.member_root(Member("expert", 1)), "manifest.json").exists()
+
+
+def test_expert_of_another_clusterer_is_refused(copy):
+    path = Path(copy.member_root(Member("expert", 1)), "expert.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clusterer_digest": "0" * 64}))
+    Path(copy.uri("manifest.json")).unlink()
+    with pytest.raises(ManifestError, match="weights would go to the wrong experts"):
+        stages.evaluate(copy)
+    assert not Path(copy.uri("manifest.json")).exists()
+
+
+def test_experts_in_the_wrong_folders_are_refused(copy):
+    first, second = (Path(copy.member_root(Member("expert", cluster)), "expert.json") for cluster in (0, 1))
+    texts = first.read_text(), second.read_text()
+    first.write_text(texts[1])
+    second.write_text(texts[0])
+    Path(copy.uri("manifest.json")).unlink()
+    with pytest.raises(ManifestError, match="is the expert of cluster 1, not of 0"):
+        stages.evaluate(copy)
+
+
+def test_scores_that_were_changed_are_refused(copy):
+    path = Path(copy.uri("scores/dense/log_probs.npy"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    Path(copy.uri("manifest.json")).unlink()
+    with pytest.raises(ManifestError, match="changed or cut short"):
+        stages.evaluate(copy)
+
+
+# --- the same through S3 ---
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        storage._s3.cache_clear()
+        boto3.client("s3").create_bucket(Bucket="cbtm-test")
+        yield "s3://cbtm-test"
+    storage._s3.cache_clear()
+    server.stop()
+
+
+def test_run_in_a_bucket_gives_the_same_result(made, corpus, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CBTM_SCRATCH", str(tmp_path / "scratch"))
+    paths = [file.path for file in storage.list_files(str(corpus))]
+    storage.upload(corpus, f"{bucket}/corpus", paths)
+    run = make_run(settings(f"{bucket}/corpus", f"{bucket}/runs/small", None))
+    run_all(run)
+    assert stages.finished(run)
+    local, remote = made.result(), run.result()
+    for name in ("seed", "dense", "random"):
+        assert remote[name]["perplexity"] == local[name]["perplexity"]
+    assert storage.exists(f"{bucket}/runs/small/report.html")
+    assert not any("checkpoints" in file.path for file in storage.list_files(f"{bucket}/runs/small"))
+    assert not list((tmp_path / "scratch").rglob("*.safetensors"))  # nothing stays on the pod's disk
+
+
+def test_missing_bucket_fails_at_once_and_says_so(corpus, bucket):
+    run = make_run(settings(str(corpus), "s3://no-such-bucket/run", None))
+    with pytest.raises(StorageError, match="the bucket is not there"):
+        stages.plan(run)
+
+
+def test_configuration_is_closed():
+    with pytest.raises(ConfigError, match=r"'root' is missing.*'corpus' is missing|'root' is missing"):
+        RunConfig.parse({})

@@ -1,0 +1,122 @@
+"""The compiled pipeline: what it says must be complete, and be what the source says."""
+
+import subprocess
+import sys
+from importlib import resources
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components import images
+
+COMPILED = resources.files("cbtm").joinpath("compiled/cbtm.yaml")
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict[str, Any]:
+    documents = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
+    return documents[0]
+
+
+def dags(spec: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Name to (component, dag) of the root and of every component that is a DAG."""
+    found = {"root": (spec["root"], spec["root"]["dag"])}
+    for name, component in spec["components"].items():
+        if "dag" in component:
+            found[name] = (component, component["dag"])
+    return found
+
+
+def parameters(component: dict[str, Any]) -> set[str]:
+    return set(component.get("inputDefinitions", {}).get("parameters", {}))
+
+
+def test_committed_file_is_what_the_source_compiles_to():
+    done = subprocess.run([sys.executable, "-m", "pipelines.compile", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_field_is_known_to_the_pipeline_spec(spec):
+    parsed = json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    assert parsed.pipeline_info.name == "cbtm"
+
+
+def test_every_component_reference_and_executor_exists(spec):
+    executors = spec["deploymentSpec"]["executors"]
+    for _, dag in dags(spec).values():
+        for task in dag["tasks"].values():
+            assert task["componentRef"]["name"] in spec["components"]
+    used = {component["executorLabel"] for component in spec["components"].values() if "executorLabel" in component}
+    assert used == set(executors)
+
+
+def test_every_input_of_every_task_comes_from_somewhere(spec):
+    for name, (component, dag) in dags(spec).items():
+        own = parameters(component)
+        for task_name, task in dag["tasks"].items():
+            own_items = {task["parameterIterator"]["itemInput"]} if "parameterIterator" in task else set()
+            wanted = spec["components"][task["componentRef"]["name"]]
+            given = task.get("inputs", {}).get("parameters", {})
+            for parameter, source in given.items():
+                if "componentInputParameter" in source:
+                    assert source["componentInputParameter"] in own | own_items, f"{name}/{task_name}/{parameter}"
+                if "taskOutputParameter" in source:
+                    producer = dag["tasks"][source["taskOutputParameter"]["producerTask"]]
+                    outputs = spec["components"][producer["componentRef"]["name"]]["outputDefinitions"]["parameters"]
+                    assert source["taskOutputParameter"]["outputParameterKey"] in outputs
+            missing = parameters(wanted) - set(given) - own_items
+            optional = {
+                key
+                for key, value in wanted.get("inputDefinitions", {}).get("parameters", {}).items()
+                if value.get("isOptional")
+            }
+            assert missing <= optional, f"{name}/{task_name} lacks {missing}"
+
+
+def test_every_dependency_is_a_task_of_the_same_dag(spec):
+    for _, dag in dags(spec).values():
+        for task in dag["tasks"].values():
+            assert set(task.get("dependentTasks", [])) <= set(dag["tasks"])
+
+
+def test_two_loops_over_shard_groups_and_over_clusters(spec):
+    loops = [
+        task["parameterIterator"]["items"]["inputParameter"]
+        for _, dag in dags(spec).values()
+        for task in dag["tasks"].values()
+        if "parameterIterator" in task
+    ]
+    assert sorted(loops) == ["pipelinechannel--groups", "pipelinechannel--members"]
+
+
+def test_training_and_scoring_run_on_the_gpu_image_and_the_rest_on_the_cpu_image(spec):
+    by_executor = {
+        name.removeprefix("exec-").rstrip("-0123456789"): executor["container"]["image"]
+        for name, executor in spec["deploymentSpec"]["executors"].items()
+    }
+    gpu = {name for name, image in by_executor.items() if image == images.GPU}
+    assert gpu == {"train-expert", "score-expert"}
+    assert {image for name, image in by_executor.items() if name not in gpu} == {images.CPU}
+
+
+def test_nothing_is_installed_when_a_task_starts(spec):
+    for executor in spec["deploymentSpec"]["executors"].values():
+        assert "pip install" not in " ".join(executor["container"]["command"])
+
+
+def test_no_task_is_cached_by_kubeflow(spec):
+    # Kubeflow's cache knows parameters, not the content behind a URI; cbtm's manifests know both.
+    for _, dag in dags(spec).values():
+        for name, task in dag["tasks"].items():
+            if "executorLabel" in spec["components"][task["componentRef"]["name"]]:
+                assert not task.get("cachingOptions", {}).get("enableCache", False), name
+
+
+def test_seed_comes_before_experts_and_experts_before_the_evaluation(spec):
+    tasks = spec["root"]["dag"]["tasks"]
+    assert "train-expert" in tasks["experts"]["dependentTasks"]
+    assert {"experts", "score-expert"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
+    assert {"build-tokenizer", "fit-clusterer"} <= set(tasks["assign"]["dependentTasks"])
