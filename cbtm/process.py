@@ -12,7 +12,9 @@ from cbtm.errors import CbtmError
 @contextmanager
 def stage_process() -> Iterator[None]:
     """Set up logging, and end on an error that a user can mend with its message alone and its exit code."""
-    logging.basicConfig(level=os.environ.get("CBTM_LOG_LEVEL", "INFO"), format="%(message)s", stream=sys.stderr)
+    level = os.environ.get("CBTM_LOG_LEVEL", "INFO")
+    # force: kfp's executor has set up a handler of its own, whose prefix would hide what a line says.
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("botocore").setLevel(logging.WARNING)
     try:
         yield

@@ -398,7 +398,7 @@ def answering(s3_settings: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], No
                 pass
 
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[0].serve_forever, args=(0.05,), daemon=True).start()
         s3_settings.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers[0].server_address[1]}")
 
     yield start

@@ -36,8 +36,7 @@ from cbtm.errors import ConfigError, DataError
 # points need the narrow ones; most problems end at 0.003 or 0.001.
 _WIDTHS = (0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
 _WIDTH_FROM_PRICES = 0.001  # the narrowest at which good start prices enter
-# The last width is the one at which this part of the points, or less, is shared between clusters: moving so few
-# takes less time than a narrower width.
+# Widths end where no more than this part of the points is shared: moving these is quicker than a narrower width.
 _UNSETTLED_TOLERANCE = 0.003
 # Widths from here up are solved on every m-th point, so that about this many take part.
 _WIDTH_ON_SAMPLE = 0.01
@@ -46,14 +45,13 @@ _SAMPLE_PER_CLUSTER = 64
 # Newton steps per width at most; what is not balanced by then is left to the next width, at last to the repair.
 _NEWTON_STEPS = 12
 _LINE_SEARCH_STEPS = 4  # evaluations on the way back from a step that goes too far
-# A width is solved when no cluster's expected size is off by more than this part of n/k.
-_ROUGH_IMBALANCE = 0.02
-_IMBALANCE_TOLERANCE = 0.002
+# A width is solved when no cluster's expected size is off by more than this part of n/k, or than one point.
+_IMBALANCE_ON_SAMPLE = 0.02
+_IMBALANCE_ON_ALL = 0.002
 # Part of n/k added to the diagonal of the second derivative, and the longest step in widths.
 _DAMPING = 1e-3
 _LONGEST_STEP = 10
-# Numbers in a block of points: 2^17 float32 stay in a second-level cache.
-_BLOCK_NUMBERS = 1 << 17
+_BLOCK_NUMBERS = 1 << 17  # of a block of points: as float32 they stay in a second-level cache
 # Costs above this many typical ranges are all the same to the smoothed dual (not to the repair).
 _LARGEST = 1e6
 # Largest price on the repair's grid: a price and a path of costs together stay below 2^53.
@@ -213,9 +211,11 @@ def _narrowest_within_reach(rows: NDArray[np.float32], prices: NDArray[np.float6
 
 def _balance(rows: NDArray[np.float32], prices: NDArray[np.float64], width: float) -> _SmoothedDual:
     """Maximise the smoothed dual of one width over `rows` (k, n), from `prices` (k,)."""
+    part = _IMBALANCE_ON_SAMPLE if width >= _WIDTH_ON_SAMPLE else _IMBALANCE_ON_ALL
+    tolerance = max(1.0, part * rows.shape[1] / rows.shape[0])
     dual = _SmoothedDual(rows, prices, width)
     for _ in range(_NEWTON_STEPS):
-        if dual.imbalance <= (_ROUGH_IMBALANCE if width >= _WIDTH_ON_SAMPLE else _IMBALANCE_TOLERANCE):
+        if np.abs(dual.surplus).max() <= tolerance:
             break
         step = dual.newton_step()
         step *= min(1.0, _LONGEST_STEP / np.abs(step).max())
@@ -250,7 +250,6 @@ class _SmoothedDual:
             self._mass += shares.sum(axis=1)
             self._overlap += shares @ shares.T
         self.surplus = self._mass - self._capacity
-        self.imbalance = float(np.abs(self.surplus).max() / self._capacity)
         self.unsettled = 1 - float(np.trace(self._overlap)) / n_points
 
     def newton_step(self) -> NDArray[np.float64]:

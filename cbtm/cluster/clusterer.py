@@ -8,11 +8,11 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cbtm.cluster.embedder import TfidfSvdEmbedder
 from cbtm.cluster.kmeans import balanced_kmeans, nearest_centers, squared_distances
@@ -48,6 +48,12 @@ class ClusterConfig(Config):
     max_iterations: int = Field(default=50, ge=1)
     random_state: int = Field(default=0, ge=0)
     examples: int = Field(default=3, ge=0)
+
+    @model_validator(mode="after")
+    def _sample_is_large_enough(self) -> Self:
+        if self.n_clusters > self.max_documents:
+            raise ValueError(f"n_clusters={self.n_clusters} is larger than max_documents={self.max_documents}")
+        return self
 
 
 class Clusterer:

@@ -57,10 +57,10 @@ class Window:
 
 
 def windows(length: int, *, context_length: int, stride: int, document: int = 0) -> Iterator[Window]:
-    """Cut a document of `length` tokens (separator included) so that tokens 1 … length are each scored once.
+    """Cut a document of `length` tokens (separator included) so that tokens 1 … length - 1 are each scored once.
 
-    A window predicts at most `context_length` tokens. The first scores all of them; each later one moves on by
-    `stride` and scores the tokens that those before it did not.
+    A window predicts at most `context_length` tokens, and `stride` is at most that. The first window scores all of
+    its tokens; each later one moves on by `stride` and scores the tokens that those before it did not.
     """
     scored = 1
     begin = 0

@@ -1,0 +1,187 @@
+"""Write docs/configuration.md from the configuration classes, so that types and defaults have one source.
+
+python docs/generate_configuration.py            write
+python docs/generate_configuration.py --check    exit 1 if the file is not what the classes say
+
+Names, types, bounds and defaults come from the pydantic fields; meanings from the `Attributes:` part of the class's
+docstring, those of its base classes included. A field without a meaning is an error.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cbtm.run import RunConfig
+
+TARGET = Path(__file__).resolve().parent / "configuration.md"
+
+_HEAD = """\
+# Configuration
+
+This file is generated: `python docs/generate_configuration.py` writes it from the configuration classes, and
+`tests/test_docs.py` fails where it is stale.
+
+One YAML (or JSON) file holds a run. Keys that are not listed here are refused with the nearest known name, and a key
+that stands twice is refused. `1e-4` and `2.5e3` are read as numbers. `null` means absent.
+
+```bash
+cbtm config run.yaml                                  # the checked configuration with every default
+cbtm run run.yaml --set train.steps=2000 --set cluster.n_clusters=16
+```
+
+`--set` takes `section.key=value` with the value as YAML, may be repeated, and is available on every command that
+takes a configuration file. The smallest file that runs:
+
+```yaml
+root: runs/mine
+corpus:
+  root: data/mine
+seed_model:
+  path: models/seed            # a Hugging Face folder
+```
+
+Some rules span several fields and are checked before any work:
+
+- `train.sequences_per_step` is a multiple of `cluster.n_clusters`: each expert takes an equal share of the batch.
+- `seed_model` has either `path`, or both `scratch` and `training`.
+- `seed_model.training.context_length` equals `train.context_length`.
+- `evaluate.top_k` lies between 1 and `cluster.n_clusters`.
+- `train.random_clusters` needs `assign.random_clusters`.
+- `cluster.n_clusters` is at most `cluster.max_documents`.
+- `warmup_steps` is below `steps`; in `train`, `micro_batch_size` is at most `sequences_per_step`.
+- `seed_model.scratch.hidden_size` is a multiple of `n_heads`.
+- `tracking.uri` holds no credentials.
+- `cbtm plan`, with which every run begins, refuses splits that hold each other, a tokenizer with more entries than the
+  given seed model, and a `train.context_length` above the given model's number of positions.
+"""
+
+_PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false"}
+_OR_NULL = ", or null"
+_PLURAL = {int: "integers", float: "numbers", str: "texts"}
+_BOUNDS = (("ge", "≥ {}"), ("gt", "> {}"), ("le", "≤ {}"), ("lt", "< {}"), ("min_length", "at least {} long"))
+_ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*)$")
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for path, model in _sections("", RunConfig):
+        parts.append(f"## `{path}`\n" if path else "## Top level\n")
+        parts.append(f"{_summary(model)} (`{model.__module__}.{model.__name__}`)\n")
+        parts.append("| key | type | default | meaning |\n|---|---|---|---|")
+        parts.append("\n".join(_row(path, name, field, model) for name, field in model.model_fields.items()) + "\n")
+    return "\n".join(parts)
+
+
+def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path, model
+    for name, field in model.model_fields.items():
+        nested = _model_in(field.annotation)
+        if nested is not None:
+            yield from _sections(f"{path}.{name}" if path else name, nested)
+
+
+def _row(path: str, name: str, field: FieldInfo, model: type[BaseModel]) -> str:
+    nested = _model_in(field.annotation)
+    key = f"{path}.{name}" if path else name
+    if nested is None:
+        kind, absent, _ = _type_text(field.annotation).partition(_OR_NULL)
+        kind = ", ".join([kind, *_bounds(field.metadata)]) + absent
+    else:
+        kind = f"section [`{key}`](#{re.sub(r'[^a-z0-9_-]', '', key)})"
+    if field.is_required():
+        default = "required"
+    elif nested is not None and field.default is not None:
+        default = "as listed there"
+    else:
+        default = f"`{json.dumps(_plain(field.default))}`"
+    meaning = _meanings(model)[name].replace("|", "\\|").replace("None", "null").replace("False", "false")
+    return f"| `{name}` | {kind} | {default} | {meaning} |"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    options = (annotation, *get_args(annotation))
+    return next((each for each in options if inspect.isclass(each) and issubclass(each, BaseModel)), None)
+
+
+def _type_text(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return ", ".join([_type_text(arguments[0]), *_bounds(arguments[1].metadata)])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        known = [_type_text(each) for each in arguments if each is not type(None)]
+        return " or ".join(known) + (_OR_NULL if type(None) in arguments else "")
+    if origin is tuple:
+        first = arguments[0]
+        bounds = _bounds(get_args(first)[1].metadata) if get_origin(first) is Annotated else []
+        plural = _PLURAL[get_args(first)[0] if get_origin(first) is Annotated else first]
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return ", ".join([f"list of {count}{plural}", *(f"each {bound}" for bound in bounds)])
+    return _PLAIN[annotation]
+
+
+def _bounds(metadata: Sequence[Any]) -> list[str]:
+    return [text.format(getattr(item, name)) for item in metadata for name, text in _BOUNDS if hasattr(item, name)]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _summary(model: type[BaseModel]) -> str:
+    return (inspect.getdoc(model) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _meanings(model: type[BaseModel]) -> dict[str, str]:
+    """Meaning of each field, from the class's docstring and those of its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(model.__mro__):
+        if issubclass(each, BaseModel):
+            found |= dict(_attributes(inspect.cleandoc(each.__doc__ or "")))
+    missing = sorted(set(model.model_fields) - set(found))
+    if missing:
+        raise LookupError(f"{model.__name__} does not document {', '.join(missing)} under Attributes:")
+    return found
+
+
+def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
+    _, _, rest = docstring.partition("Attributes:\n")
+    name, words = "", ""
+    for line in rest.split("\n\n")[0].splitlines():
+        start = _ATTRIBUTE.match(line)
+        if start is None:
+            words += " " + line.strip()
+            continue
+        if name:
+            yield name, words
+        name, words = start[1], start[2]
+    if name:
+        yield name, words
+
+
+def main(arguments: Sequence[str] | None = None, target: Path = TARGET) -> int:
+    """Write, or compare; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = render()
+    if not parser.parse_args(arguments).check:
+        target.write_text(text, encoding="utf-8")
+    elif not target.is_file() or target.read_text(encoding="utf-8") != text:
+        sys.stderr.write(f"{target} is stale: run python docs/generate_configuration.py and commit it\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from cbtm.cluster.clusterer import ClusterConfig, Clusterer, _sample, fit_clusterer
+from cbtm.cluster.kmeans import balanced_kmeans
+from cbtm.corpus import Document
+from cbtm.errors import ConfigError, DataError, ManifestError
+
+DOMAINS = {
+    "animals": ["cat", "dog", "horse", "mouse", "sheep", "goat", "rabbit", "fox"],
+    "money": ["bank", "stock", "market", "price", "interest", "share", "trade", "loan"],
+    "food": ["bread", "cheese", "butter", "apple", "soup", "pasta", "salad", "rice"],
+}
+
+
+def corpus(n, seed=0):
+    """Documents of six words from one domain each, the domains in turn."""
+    rng = np.random.default_rng(seed)
+    names = list(DOMAINS)
+    texts = [" ".join(rng.choice(DOMAINS[names[number % 3]], size=6)) for number in range(n)]
+    return [Document(f"train/00000/text.jsonl|{number}", text) for number, text in enumerate(texts)]
+
+
+def config(**changes):
+    return ClusterConfig(**{"n_clusters": 3, "n_components": 8} | changes)
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    facts = fit_clusterer(config(), corpus(60), tmp_path / "clusterer")
+    return tmp_path / "clusterer", facts
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_domains_are_found(fitted):
+    folder, facts = fitted
+    labels = Clusterer.load(folder).predict(document.text for document in corpus(60))
+    assert len(set(labels[:3])) == 3
+    np.testing.assert_array_equal(labels, np.tile(labels[:3], 20))
+    assert facts["sizes"] == [20, 20, 20]
+    assert facts["documents"] == 60
+    assert facts["n_clusters"] == 3
+    assert 0 < facts["explained_energy"] <= 1
+
+
+def test_facts_are_those_of_balanced_kmeans_on_the_embedding(fitted):
+    folder, facts = fitted
+    vectors = Clusterer.load(folder).embedder.transform(document.text for document in corpus(60))
+    found = balanced_kmeans(vectors, 3, random_state=0)
+    assert facts["inertia"] == pytest.approx(found.inertia_, rel=1e-4)
+    assert facts["iterations"] == found.n_iter_
+    json.dumps(facts)  # they go into a manifest
+
+
+def test_saved_clusterer_predicts_the_same_to_the_bit(fitted, tmp_path):
+    first = Clusterer.load(fitted[0])
+    first.save(tmp_path / "again")
+    second = Clusterer.load(tmp_path / "again")
+    texts = [*(document.text for document in corpus(40, seed=1)), "", "words that nobody has seen"]
+    np.testing.assert_array_equal(first.centers, second.centers)
+    np.testing.assert_array_equal(first.embedder.transform(texts), second.embedder.transform(texts))
+    labels = first.predict(texts)
+    np.testing.assert_array_equal(labels, second.predict(texts))
+    assert labels.dtype == np.int32
+    assert second.n_clusters == 3
+
+
+def test_prediction_is_the_nearest_centre_with_ties_to_the_lower_number(fitted):
+    clusterer = Clusterer.load(fitted[0])
+    texts = [document.text for document in corpus(30, seed=2)]
+    vectors = clusterer.embedder.transform(texts)
+    distances = np.linalg.norm(vectors[:, None] - clusterer.centers[None], axis=2)
+    np.testing.assert_array_equal(clusterer.predict(texts), distances.argmin(axis=1))
+    twice = Clusterer(clusterer.embedder, np.repeat(clusterer.centers, 2, axis=0))
+    np.testing.assert_array_equal(twice.predict(texts), 2 * clusterer.predict(texts))
+
+
+def test_prediction_is_greedy_and_does_not_balance(fitted):
+    clusterer = Clusterer.load(fitted[0])
+    texts = [document.text for document in corpus(60) if "cat" in document.text]
+    assert len(set(clusterer.predict(texts).tolist())) == 1
+
+
+def test_same_random_state_gives_the_same_files(tmp_path):
+    # Overlapping texts, so that the start of k-means and the sample matter.
+    rng = np.random.default_rng(3)
+    words = [word for domain in DOMAINS.values() for word in domain]
+    documents = [Document(str(number), " ".join(rng.choice(words, size=8))) for number in range(80)]
+    for name, state in (("a", 5), ("b", 5), ("c", 6)):
+        fit_clusterer(config(random_state=state, max_documents=50), documents, tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a").keys() == files(tmp_path / "c").keys()
+    assert files(tmp_path / "a")["centers.safetensors"] != files(tmp_path / "c")["centers.safetensors"]
+
+
+@pytest.mark.parametrize(("n", "k"), [(60, 7), (61, 3), (20, 8), (9, 9), (10, 1), (31, 16)])
+def test_sizes_are_within_one_document_of_each_other(tmp_path, n, k):
+    sizes = fit_clusterer(config(n_clusters=k), corpus(n), tmp_path)["sizes"]
+    # n = k * floor(n / k) + remainder, and the remainder is spread.
+    assert sorted(sizes) == sorted([n // k] * (k - n % k) + [n // k + 1] * (n % k))
+    domains = json.loads((tmp_path / "domains.json").read_text())
+    assert [domain["fit_documents"] for domain in domains] == sizes
+
+
+def test_domains_are_described_by_their_words_and_most_typical_documents(fitted):
+    folder, _ = fitted
+    clusterer = Clusterer.load(folder)
+    texts = {document.sp_id: document.text for document in corpus(60)}
+    domains = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
+    assert [domain["cluster"] for domain in domains] == [0, 1, 2]
+    found = []
+    for domain in domains:
+        (name,) = (name for name, words in DOMAINS.items() if set(domain["top_terms"][:5]) <= set(words))
+        found.append(name)
+        assert len(domain["examples"]) == 3
+        examples = [example["text"] for example in domain["examples"]]
+        assert examples == [texts[example["sp_id"]] for example in domain["examples"]]
+        assert set(clusterer.predict(examples)) == {domain["cluster"]}
+        # Nearest first, and no member is nearer than the last one shown.
+        members = [text for text in texts.values() if clusterer.predict([text])[0] == domain["cluster"]]
+        center = clusterer.centers[domain["cluster"]]
+        near = np.sort(np.linalg.norm(clusterer.embedder.transform(members) - center, axis=1))[:3]
+        shown = np.linalg.norm(clusterer.embedder.transform(examples) - center, axis=1)
+        np.testing.assert_allclose(shown, near, atol=1e-5)
+    assert sorted(found) == sorted(DOMAINS)
+
+
+def test_examples_are_cut_and_may_be_left_out(tmp_path):
+    long = [Document(document.sp_id, f"{document.text} " * 40) for document in corpus(12)]
+    fit_clusterer(config(examples=1), long, tmp_path / "one")
+    domains = json.loads((tmp_path / "one/domains.json").read_text())
+    assert [len(domain["examples"][0]["text"]) for domain in domains] == [600] * 3
+    fit_clusterer(config(examples=0), long, tmp_path / "none")
+    assert [domain["examples"] for domain in json.loads((tmp_path / "none/domains.json").read_text())] == [[]] * 3
+
+
+# --- sample ---
+
+
+def numbered(n):
+    return [Document(str(number), "x") for number in range(n)]
+
+
+def drawn(n, size, seed):
+    return [int(document.sp_id) for document in _sample(iter(numbered(n)), size, seed)]
+
+
+def test_sample_has_the_size_asked_for_in_reading_order():
+    for n, size in ((20, 5), (20, 19), (1000, 100)):
+        found = drawn(n, size, seed=1)
+        assert len(set(found)) == size
+        assert found == sorted(found)
+    assert drawn(20, 20, seed=1) == drawn(20, 50, seed=1) == list(range(20))
+    assert drawn(0, 5, seed=1) == []
+
+
+def test_every_document_is_as_likely_to_be_in_the_sample():
+    # 4000 samples of 5 from 20: each document 1000 times, standard deviation sqrt(4000 * 1/4 * 3/4) = 27.
+    counts = Counter(number for seed in range(4000) for number in drawn(20, 5, seed))
+    assert len(counts) == 20
+    assert max(abs(count - 1000) for count in counts.values()) < 4 * 27
+
+
+def test_every_pair_is_as_likely_to_be_in_the_sample():
+    # 10 pairs of 5 documents, 3000 samples of 2: 300 each, standard deviation sqrt(3000 * .1 * .9) = 16.
+    counts = Counter(tuple(drawn(5, 2, seed)) for seed in range(3000))
+    assert len(counts) == 10
+    assert max(abs(count - 300) for count in counts.values()) < 4 * 17
+
+
+def test_fit_looks_at_the_sample_only(tmp_path):
+    facts = fit_clusterer(config(max_documents=30), corpus(90), tmp_path)
+    assert facts["documents"] == sum(facts["sizes"]) == 30
+    assert Clusterer.load(tmp_path).embedder.n_documents_ == 30
+
+
+# --- errors ---
+
+
+def test_more_clusters_than_documents_are_refused_with_both_numbers(tmp_path):
+    with pytest.raises(ConfigError, match="n_clusters=8 is larger than the number of documents 5; use at most 5"):
+        fit_clusterer(config(n_clusters=8), corpus(5), tmp_path)
+
+
+def test_more_clusters_than_the_sample_are_refused_before_any_work():
+    with pytest.raises(ConfigError, match="n_clusters=8 is larger than max_documents=5"):
+        ClusterConfig.parse({"n_clusters": 8, "max_documents": 5})
+
+
+def test_no_documents_are_refused(tmp_path):
+    with pytest.raises(DataError, match="the training split holds no document with text"):
+        fit_clusterer(config(), iter([]), tmp_path)
+
+
+def test_documents_without_countable_words_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no word is left in 4 documents"):
+        fit_clusterer(config(), [Document(str(number), "the 12 of 7") for number in range(4)], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clusterer.json", "centers.safetensors", "embedder.json", "embedder.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short"])
+def test_damaged_folder_is_refused(fitted, name, damage):
+    folder, _ = fitted
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage != "missing":
+        (folder / name).write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    with pytest.raises(ManifestError, match=f"{folder} (is no clusterer folder|holds no readable embedder)"):
+        Clusterer.load(folder)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 8), (4, 8), (24,), (0, 8)])
+def test_centres_of_another_shape_are_refused(fitted, shape):
+    folder, _ = fitted
+    save_file({"centers": np.zeros(shape, dtype=np.float32)}, folder / "centers.safetensors")
+    with pytest.raises(ManifestError, match=r"centres of shape .* do not fit 3 clusters and an embedder of length 8"):
+        Clusterer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 2, "n_clusters": 3}', "clusterer format 2, this cbtm reads 1"),
+        ('{"n_clusters": 3}', "is no clusterer folder: 'format'"),
+        ("[]", "is no clusterer folder"),
+    ],
+)
+def test_settings_of_another_form_are_refused(fitted, content, message):
+    (fitted[0] / "clusterer.json").write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        Clusterer.load(fitted[0])

@@ -1,0 +1,155 @@
+"""The documentation: what it links to, what it commands and what it lists must be there."""
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cbtm.cli import app
+from cbtm.run import parse_config
+
+PROJECT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    page
+    for page in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "docs").rglob("*.md"))
+    if page.is_file()
+)
+NAMES = [page.relative_to(PROJECT).as_posix() for page in PAGES]
+
+_FENCE = re.compile(r"^ {0,3}```(\w*)\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+_SHELL = {"", "bash", "sh", "shell", "console"}
+
+
+def prose(page: Path) -> str:
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def shell_lines(page: Path) -> Iterator[str]:
+    """Lines of the page's shell blocks, continued ones joined, without prompt and comment."""
+    for language, block in _FENCE.findall(page.read_text(encoding="utf-8")):
+        if language in _SHELL:
+            for line in block.replace("\\\n", " ").splitlines():
+                yield line.strip().removeprefix("$ ")
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """Page and arguments of each call of a program, environment variables before it left out."""
+    found = []
+    for name, page in zip(NAMES, PAGES, strict=True):
+        for line in shell_lines(page):
+            match = re.match(rf"(?:[A-Z_]+=\S* )*(?:\.venv/bin/)?{program} (.*)", line)
+            if match:
+                found.append((name, shlex.split(match[1], comments=True)))
+    return found
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_configuration", PROJECT / "docs/generate_configuration.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_page_is_what_the_classes_say():
+    assert generator().main(["--check"]) == 0
+
+
+def test_stale_configuration_page_is_noticed_and_written_anew(tmp_path, capsys):
+    page, generate = tmp_path / "configuration.md", generator()
+    assert generate.main(["--check"], page) == 1
+    assert "is stale: run python docs/generate_configuration.py" in capsys.readouterr().err
+    assert generate.main([], page) == 0
+    assert generate.main(["--check"], page) == 0
+    page.write_text(page.read_text().replace("| `n_clusters` | integer, ≥ 1 | `8` |", "| `n_clusters` | integer |"))
+    assert generate.main(["--check"], page) == 1
+
+
+def test_configuration_page_has_bounds_inherited_fields_and_nested_sections():
+    lines = generator().render().splitlines()
+    assert "| `n_clusters` | integer, ≥ 1 | `8` | Number of domains, and of experts. |" in lines
+    # learning_rate is documented by OptimizationConfig; TrainConfig gives it a default.
+    assert "| `learning_rate` | number, > 0 | `0.0002` | Peak of the schedule. |" in lines
+    assert "| `learning_rate` | number, > 0 | required | Peak of the schedule. |" in lines
+    assert "## `seed_model.training`" in lines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_relative_link_resolves(name):
+    page = PROJECT / name
+    for target in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name} links to {target}, which is not there"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{name} links to {target}; {linked.name} has no such heading"
+
+
+def test_pages_name_commands_to_check():
+    # Guards the two tests below against finding nothing.
+    assert {arguments[0] for _, arguments in commands("cbtm")} >= {
+        "run",
+        "plan",
+        "cluster",
+        "assign",
+        "train",
+        "corpus",
+    }
+    assert {arguments[0] for _, arguments in commands("make")} >= {"demo", "ui", "check"}
+
+
+@pytest.mark.parametrize(("name", "arguments"), commands("cbtm"), ids=lambda value: str(value)[:60])
+def test_every_cbtm_command_and_its_options_exist(name, arguments):
+    group = typer.main.get_command(app)
+    subcommands: list[str] = []
+    while hasattr(group, "commands") and len(subcommands) < len(arguments):
+        word = arguments[len(subcommands)]
+        if word.startswith("-"):
+            break
+        assert word in group.commands, f"{name}: cbtm has no command {' '.join([*subcommands, word])}"
+        group = group.commands[word]
+        subcommands.append(word)
+    helped = CliRunner().invoke(app, [*subcommands, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert helped.exit_code == 0, helped.output
+    known = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", helped.output))
+    for argument in arguments[len(subcommands) :]:
+        if argument.startswith("-"):
+            assert argument.partition("=")[0] in known, f"{name}: cbtm {' '.join(subcommands)} has no {argument}"
+
+
+@pytest.mark.parametrize(("name", "arguments"), commands("make"), ids=lambda value: str(value)[:60])
+def test_every_make_target_exists(name, arguments):
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    for argument in arguments:
+        assert "=" in argument or argument in targets, f"{name}: the Makefile has no target {argument}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_whole_configuration_shown_is_valid(name):
+    for language, block in _FENCE.findall((PROJECT / name).read_text(encoding="utf-8")):
+        if language == "yaml" and "root:" in block and "seed_model:" in block:
+            parse_config(block)
+
+
+def test_decisions_are_numbered_without_a_gap_and_have_three_parts():
+    pages = sorted((PROJECT / "docs/decisions").glob("*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        headings = re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert headings[:3] == ["Context", "Decision", "Consequence"], page.name
