@@ -1,7 +1,5 @@
 """The command line: every stage by itself, the whole run, and corpora to run it on."""
 
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +8,7 @@ import typer
 
 from cbtm import __version__
 from cbtm.errors import CbtmError, ConfigError
+from cbtm.process import log_to_stderr
 
 if TYPE_CHECKING:
     from cbtm.run import Run
@@ -29,8 +28,7 @@ ReplaceOption = Annotated[bool, typer.Option("--replace", help="Write anew where
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and an exit code."""
-    logging.basicConfig(level=os.environ.get("CBTM_LOG_LEVEL", "INFO"), format="%(message)s", stream=sys.stderr)
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    log_to_stderr()
     try:
         app()
     except CbtmError as error:

@@ -93,7 +93,7 @@ def list_split(root: str, split: str) -> list[storage.StoredFile]:
     if not files:
         raise DataError(
             f"no corpus files below {storage.join(root, split)}; expected <shard>/<name> with one of the suffixes "
-            f"{', '.join(SUFFIXES)} (a folder of other text: cbtm corpus import FOLDER)"
+            f"{', '.join(SUFFIXES)} (a folder of other text: cbtm corpus import FOLDER OUTPUT)"
         )
     return files
 

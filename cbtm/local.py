@@ -26,9 +26,11 @@ from typing import Any
 from tqdm import tqdm
 
 from cbtm import stages, storage
-from cbtm.errors import CbtmError, ConfigError, Interrupted
+from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
 from cbtm.progress import PREFIX
 from cbtm.run import Run
+from cbtm.stages.tracked import finish_parent
+from cbtm.tracking import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,22 @@ def run_pipeline(run: Run) -> None:
             env=environment,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops all of them in order
         )
-    code = _follow(child, log)
+    try:
+        code = _follow(child, log)
+    except Interrupted:
+        _close_parent(run, "KILLED")
+        raise
     _stop(child)  # tasks that outlived a pipeline that failed
     if not storage.exists(run.uri("manifest.json")) or code != 0:
+        _close_parent(run, "FAILED")
         raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
     logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)
+
+
+def _close_parent(run: Run, status: RunStatus) -> None:
+    """Say in the tracker how the run ended; the next try opens the same parent again."""
+    with contextlib.suppress(ManifestError):  # not even planned: there is no parent run yet
+        finish_parent(run, status)
 
 
 def _check_kfp() -> None:
@@ -170,7 +183,7 @@ class _View:
             self._say(line)
             if self.bar is not None:
                 self.bar.update(1)
-        elif line.startswith(("error:", "warning:", "WARNING")):
+        elif line.startswith(("error: ", "warning: ")):
             self._say(line)
 
     def close(self) -> None:

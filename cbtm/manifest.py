@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -196,9 +197,11 @@ def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> Ma
             logger.info("stage=%s root=%s up to date", spec.stage, spec.root)
             return existing
         work = _work_folder(spec)
+        began = time.monotonic()
         with _disk_full_as_storage_error(spec):
             metadata = build(work)
-            manifest = publish(spec, work, metadata, replaces=existing)
+            seconds = round(time.monotonic() - began, 2)
+            manifest = publish(spec, work, {**metadata, "seconds": seconds}, replaces=existing)
         shutil.rmtree(work.parent, ignore_errors=True)
     logger.info("stage=%s root=%s files=%d done", spec.stage, spec.root, len(manifest.files))
     return manifest

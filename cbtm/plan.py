@@ -83,7 +83,8 @@ class Plan(BaseModel):
 
     def digest(self, part: Part) -> str:
         """Identity of the text of one part."""
-        return digest_of([group.digest for group in self.part(part)])
+        # By file, not by group: how the work is divided changes nothing that is made of the whole.
+        return digest_of([[file.path, file.digest] for group in self.part(part) for file in group.files])
 
 
 def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = None) -> Plan:
@@ -101,7 +102,7 @@ def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = 
     if f"{train}/".startswith(f"{validation}/") or f"{validation}/".startswith(f"{train}/"):
         raise DataError(
             f"corpus.train_split={train!r} and corpus.validation_split={validation!r} share text: a perplexity on "
-            "training text says nothing; hold documents out first (cbtm corpus import FOLDER)"
+            "training text says nothing; hold documents out first (cbtm corpus import FOLDER OUTPUT)"
         )
     known = {
         (file.path, file.size, file.version): file.digest

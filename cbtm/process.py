@@ -8,16 +8,33 @@ from contextlib import contextmanager
 
 from cbtm.errors import CbtmError
 
+logger = logging.getLogger(__name__)
+
+
+class _LineFormatter(logging.Formatter):
+    """The message alone; from a warning upwards its level first, so that those who read logs find it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def log_to_stderr() -> None:
+    """Send log lines to the standard error stream, from CBTM_LOG_LEVEL upwards (INFO)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LineFormatter("%(message)s"))
+    # force: kfp's executor has set up a handler of its own, whose prefix would hide what a line says.
+    logging.basicConfig(level=os.environ.get("CBTM_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
+    for name in ("botocore", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
 
 @contextmanager
 def stage_process() -> Iterator[None]:
     """Set up logging, and end on an error that a user can mend with its message alone and its exit code."""
-    level = os.environ.get("CBTM_LOG_LEVEL", "INFO")
-    # force: kfp's executor has set up a handler of its own, whose prefix would hide what a line says.
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    log_to_stderr()
     try:
         yield
     except CbtmError as error:
-        logging.getLogger(__name__).error("error: %s", error)
+        logger.error("%s", error)
         sys.exit(error.exit_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from cbtm import manifest as manifests
 from cbtm import storage
@@ -190,7 +190,12 @@ class Run:
 
     def _read_plan(self) -> Plan | None:
         uri = self.uri("plan.json")
-        return Plan.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+        if not storage.exists(uri):
+            return None
+        try:
+            return Plan.model_validate_json(storage.read_bytes(uri))
+        except ValidationError:
+            raise ManifestError(f"{uri} is damaged or of another version; remove it, it is made again") from None
 
     # --- identity of every output ---
 
@@ -224,10 +229,16 @@ class Run:
             if seed.path is not None:
                 return StageSpec("seed", self.uri("seed"), seed.digest(), {"source": _folder_digest(seed.path)})
             inputs = self._assigned("train")
-            return StageSpec("seed", self.uri("seed"), digest_of([seed.digest(), settings.context_length]), inputs)
-        digest = digest_of([member.name, settings.digest(), self.share(member)])
+            return StageSpec("seed", self.uri("seed"), self._scratch_digest(), inputs)
+        digest = digest_of([member.name, settings.result_digest(), self.share(member)])
         inputs = {**self._assigned("train"), "seed": self.load(self.train_spec(Member("seed"))).digest}
         return StageSpec("train", self.member_root(member), digest, inputs)
+
+    def _scratch_digest(self) -> str:
+        seed = self.config.seed_model
+        assert seed.scratch is not None  # a seed model has either a path, or a shape with its training
+        assert seed.training is not None
+        return digest_of([seed.scratch.digest(), seed.training.result_digest()])
 
     def score_spec(self, member: Member) -> StageSpec:
         """Identity of one member's scores."""

@@ -22,7 +22,6 @@ from cbtm.corpora.documents import CutLimits, RawDocument
 from cbtm.errors import ConfigError, DataError
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-CORPUS_SUFFIXES = (*JSONL_SUFFIXES, ".parquet")
 TEXT_SUFFIXES = tuple(
     f".{suffix}"
     for suffix in (
@@ -40,7 +39,7 @@ CHUNK_BYTES = 2**18
 
 
 def is_corpus(root: Path) -> bool:
-    """Whether a folder has the corpus layout: train/<shard>/<name> with .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
+    """Whether a folder has the corpus layout: train/<shard>/<name> with .jsonl, .jsonl.gz or .jsonl.zst."""
     return _has_shards(root / "train")
 
 
@@ -62,7 +61,7 @@ def find_validation_split(root: Path) -> str | None:
 
 def _has_shards(split: Path) -> bool:
     return split.is_dir() and any(
-        path.is_file() and _has_suffix(path.name, CORPUS_SUFFIXES) for path in split.glob("*/[!.]*")
+        path.is_file() and _has_suffix(path.name, JSONL_SUFFIXES) for path in split.glob("*/[!.]*")
     )
 
 

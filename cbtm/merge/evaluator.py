@@ -260,7 +260,7 @@ class _Evaluation:
             "n_documents": int(chosen.sum()),
             "n_tokens": int(self._tokens[chosen].sum()),
         }
-        for name, nll in {**arms, "best_expert": expert}.items():
+        for name, nll in {**arms, "own_expert": expert}.items():
             row[name] = None if nll is None or not chosen.any() else self.perplexity(nll, "report", among)
         return row
 

@@ -131,7 +131,7 @@ def _result(run: Run, measured: Mapping[str, Any], domains: list[dict[str, Any]]
             "root": config.root,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "cbtm_version": cbtm.__version__,
-            "seconds": {},
+            "seconds": _seconds(run),
         },
         "corpus": {
             "root": config.corpus.root,
@@ -162,6 +162,20 @@ def _result(run: Run, measured: Mapping[str, Any], domains: list[dict[str, Any]]
         ],
         "labels": None,
     }
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Seconds of work in each stage, summed over its tasks; of a task that was resumed, its last try."""
+    members = (Member("seed"), *run.config.members)
+    specs = {
+        "tokenizer": [run.tokenizer_spec()],
+        "cluster": [run.cluster_spec()],
+        "assign": [run.assign_spec(group.name) for group in run.plan_made.groups],
+        "seed": [run.train_spec(members[0])],
+        "train": [run.train_spec(member) for member in members[1:]],
+        "score": [run.score_spec(member) for member in members],
+    }
+    return {stage: round(sum(run.load(spec).metadata["seconds"] for spec in some), 1) for stage, some in specs.items()}
 
 
 def _curves(run: Run) -> dict[str, list[dict[str, float]]]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from cbtm import storage
 from cbtm.errors import Interrupted
 from cbtm.run import Run
-from cbtm.tracking import ReplayReport, RunKind, Tracker, finish_parent_run, open_run, replay, start_parent_run
+from cbtm.tracking import (
+    ReplayReport,
+    RunKind,
+    RunStatus,
+    Tracker,
+    finish_parent_run,
+    open_run,
+    replay,
+    start_parent_run,
+)
 
 
 def open_parent(run: Run) -> None:
@@ -24,9 +33,11 @@ def open_parent(run: Run) -> None:
     )
 
 
-def finish_parent(run: Run) -> None:
+def finish_parent(run: Run, status: RunStatus = "FINISHED") -> None:
     """End the parent run."""
-    finish_parent_run(run.config.tracking, name=run.config.name, run_key=run.key, journal=_journal(run, "parent"))
+    finish_parent_run(
+        run.config.tracking, name=run.config.name, run_key=run.key, journal=_journal(run, "parent"), status=status
+    )
 
 
 def replay_all(run: Run) -> ReplayReport:

@@ -261,10 +261,9 @@ class Sender:
         path: Path = self._delivery.journal.path
         logger.warning(
             "tracking server %s cannot be used: %s; the work goes on, %s keeps what is tracked, and "
-            "`cbtm tracking replay %s` sends what is missing later",
+            "`cbtm tracking replay` with the run's configuration sends what is missing later",
             self._delivery.store.printable_uri,
             redact(reason),
-            path,
             path,
         )
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cbtm.branch.seed import ScratchModelConfig
-from cbtm.config import Config
+from cbtm.config import Config, digest_of
 from cbtm.errors import ConfigError
 
 
@@ -53,6 +53,10 @@ class OptimizationConfig(Config):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}")
         return self
+
+    def result_digest(self) -> str:
+        """Digest of what the trained weights depend on: how often progress is saved or logged is no part of it."""
+        return digest_of(self.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}))
 
     @property
     def total_tokens(self) -> int:

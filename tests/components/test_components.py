@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ from components.scorer import score_expert
 from components.trainer import train_expert
 
 COMPONENTS = (plan_run, build_tokenizer, fit_clusterer, assign_shards, train_expert, score_expert, evaluate_ensembles)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_handlers():
+    """A stage sets up logging for its whole process; give this one its handlers back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def artifact(folder: Path, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artifact:
@@ -60,12 +71,12 @@ def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
     assert Path(report.path).read_bytes() == (root / "report.html").read_bytes()
 
 
-def test_error_that_a_user_can_mend_ends_the_task_with_its_message(tmp_path, caplog):
+def test_error_that_a_user_can_mend_ends_the_task_with_its_message(tmp_path, capsys):
     config = json.dumps(settings(str(tmp_path / "missing"), str(tmp_path / "run"), None))
     with pytest.raises(SystemExit) as ended:
         plan_run.python_func(config=config)
     assert ended.value.code == 2
-    assert "no corpus files below" in caplog.text
+    assert "error: no corpus files below" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.name)

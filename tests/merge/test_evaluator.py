@@ -143,11 +143,11 @@ def test_domains_by_hand():
     # Domain 0 is document 1: tokens of 1/2 and 1/4; its expert gives .4 and .2.
     assert (first["cluster"], first["n_documents"], first["n_tokens"]) == (0, 1, 2)
     assert [first["ensemble"], first["dense"]] == [close(math.sqrt(8)), close(math.sqrt(8))]
-    assert first["best_expert"] == close(0.08 ** (-1 / 2))
+    assert first["own_expert"] == close(0.08 ** (-1 / 2))
     # Domain 1 is document 3: one token of 1/8; its expert gives .1.
     assert (second["cluster"], second["n_documents"], second["n_tokens"]) == (1, 1, 1)
     assert second["ensemble"] == close(8)
-    assert second["best_expert"] == close(10)
+    assert second["own_expert"] == close(10)
     assert (second["seed"], second["random"]) == (close(2), close(8))
 
 
@@ -156,7 +156,7 @@ def test_domain_without_a_reported_document_has_no_figures():
     validation = replace(validation, clusters=np.array([1, 0, 1, 0]))
     empty = evaluate(ONE_SETTING, validation, scores, distances)["by_domain"][1]
     assert (empty["n_documents"], empty["n_tokens"]) == (0, 0)
-    assert empty["ensemble"] is empty["dense"] is empty["best_expert"] is None
+    assert empty["ensemble"] is empty["dense"] is empty["own_expert"] is None
 
 
 def test_without_dense_and_random_models_their_figures_are_absent():

@@ -76,7 +76,7 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
         "by_domain": [
             {
                 "cluster": c, "n_documents": 5, "n_tokens": 500, "seed": 60.0, "dense": dense, "random": 55.0,
-                "ensemble": best + c, "best_expert": best + c + 1,
+                "ensemble": best + c, "own_expert": best + c + 1,
             }
             for c in clusters
         ],
@@ -349,7 +349,7 @@ def test_arms_that_were_not_trained_leave_no_row_and_no_claim():
     for row in result["ensemble"]:
         row["dense_ratio"] = row["dense_ratio_interval"] = None
     for row in result["by_domain"]:
-        row["dense"] = row["random"] = row["best_expert"] = None
+        row["dense"] = row["random"] = row["own_expert"] = None
     result["by_domain"][2] |= {"seed": None, "ensemble": None, "n_documents": 0, "n_tokens": 0}
     rows = headline_rows(result)
     assert [row.name for row in rows][:2] == ["seed model", "ensemble, all 4 experts"]
