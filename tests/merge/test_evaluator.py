@@ -367,6 +367,10 @@ def test_tokenizer_that_cuts_otherwise_is_refused(parts):
     again, there = len(other.encode_batch(TEXTS)[0]), len(validation.tokens[0])
     with pytest.raises(ManifestError, match=f"document 0 has {again} tokens now and {there} in the token shards"):
         context_distances(clusterer, other, validation)
+    # As many tokens, but not the same.
+    turned = [*validation.tokens[:2], validation.tokens[2][::-1], *validation.tokens[3:]]
+    with pytest.raises(ManifestError, match=r"validation document 2 has .* tokens now"):
+        context_distances(clusterer, tokenizer, replace(validation, tokens=turned))
     changed = replace(validation, texts=[*TEXTS[:4], TEXTS[4].replace("mice", "rats"), TEXTS[5]])
     with pytest.raises(ManifestError, match=r"validation document 4 has .*; run the assign stage again"):
         context_distances(clusterer, tokenizer, changed)

@@ -156,9 +156,9 @@ def test_where_all_are_torn_training_starts_afresh(tmp_path):
 
 def test_torn_checkpoints_do_not_count_among_those_that_stay(tmp_path):
     folders = saved(tmp_path, 1, 2, 3)
-    (folders[2] / "manifest.json").unlink()
+    (folders[3] / "manifest.json").unlink()
     saved(tmp_path, 4, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
 
 def test_checkpoints_of_another_run_are_not_used(tmp_path):

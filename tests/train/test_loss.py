@@ -150,6 +150,10 @@ def test_a_factor_before_the_head_is_found():
     assert CausalLoss(model).plain_head
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,))
     assert not CausalLoss(model).plain_head
+    with torch.no_grad():  # also where a head that is all 0 gives the same logits either way
+        model.get_output_embeddings().weight.zero_()
+        model.get_input_embeddings().weight = torch.nn.Parameter(torch.randn(300, 16))
+    assert not CausalLoss(model).plain_head
 
 
 def test_probing_the_head_leaves_the_model_as_it_was():

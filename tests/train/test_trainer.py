@@ -169,28 +169,31 @@ def child_main(folder):
         sys.exit(error.exit_code)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def children(tmp_path_factory):
-    """Two processes in the middle of step 7, started together because most of their time is `import torch`."""
+    """Two processes on their way to step 7, and their folders; started first, because they take seconds to import."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cbtm.__file__).parents[1])}
     folders = [tmp_path_factory.mktemp("child") for _ in range(2)]
     started = [
         (subprocess.Popen([sys.executable, __file__, str(folder)], env=environment), folder) for folder in folders
     ]
-    deadline = time.monotonic() + 120
-    for process, folder in started:
-        while not (folder / "at-step-7").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
     yield started
     for process, _ in started:
         process.kill()
         process.wait()
 
 
+def wait_for_step_7(process, folder):
+    deadline = time.monotonic() + 120
+    while not (folder / "at-step-7").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_sigterm_ends_a_process_with_75_and_another_process_goes_on_as_if_nothing_had_been(children, uninterrupted):
     process, folder = children[0]
+    wait_for_step_7(process, folder)
     process.send_signal(signal.SIGTERM)
     (folder / "go-on").touch()
     assert process.wait(timeout=60) == 75
@@ -202,6 +205,7 @@ def test_sigterm_ends_a_process_with_75_and_another_process_goes_on_as_if_nothin
 
 def test_process_that_is_killed_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(children, uninterrupted):
     process, folder = children[1]
+    wait_for_step_7(process, folder)
     process.kill()
     assert process.wait(timeout=60) == -signal.SIGKILL
     seen = []
