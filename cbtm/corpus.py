@@ -83,7 +83,7 @@ def list_split(root: str, split: str) -> list[storage.StoredFile]:
     """List the corpus files of a split, sorted; paths are relative to the corpus root.
 
     Raises:
-        DataError: If the split has no file that could hold documents.
+        DataError: If the split has no file that could hold documents, or one twice, compressed and not.
     """
     files = [
         storage.StoredFile(f"{split}/{file.path}", file.size, file.version)
@@ -95,6 +95,12 @@ def list_split(root: str, split: str) -> list[storage.StoredFile]:
             f"no corpus files below {storage.join(root, split)}; expected <shard>/<name> with one of the suffixes "
             f"{', '.join(SUFFIXES)} (a folder of other text: cbtm corpus import FOLDER OUTPUT)"
         )
+    plain: dict[str, str] = {}
+    for file in files:
+        name = file.path.removesuffix(".gz").removesuffix(".zst")
+        if name in plain:
+            raise DataError(f"{file.path} and {plain[name]} are one file in two forms; remove one of them")
+        plain[name] = file.path
     return files
 
 

@@ -66,8 +66,9 @@ def run_pipeline(run: Run) -> None:
     environment = {
         **os.environ,
         "CBTM_PROGRESS_SECONDS": "1",
-        # Two tasks run at once; more threads than cores would have them wait for each other.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Threads that wait for each other spin only briefly: as quick as spinning on a machine of one's own, and
+        # twice as quick where tasks share the cores (docs/experiments.md).
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
     }

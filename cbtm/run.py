@@ -83,6 +83,12 @@ class RunConfig(Config):
                 f"seed_model.training.context_length={training.context_length} differs from "
                 f"train.context_length={self.train.context_length}: the experts continue the seed's training"
             )
+        stride = self.score.stride
+        if stride is not None and stride > self.train.context_length:
+            raise ConfigError(
+                f"score.stride={stride} is larger than train.context_length={self.train.context_length}: tokens "
+                "between two windows would not be scored"
+            )
         self.evaluate.top_k_values(self.cluster.n_clusters)
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")

@@ -1,5 +1,6 @@
 """All stages in one process: what they write, that they are idempotent, and what they refuse."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -172,6 +173,8 @@ def test_changed_text_is_noticed(made, corpus, tmp_path):
             "number of documents 160",
         ),
         ({"train": {"sequences_per_step": 3}}, ConfigError, "use 4 or 2"),
+        ({"score": {"stride": 49}}, ConfigError, "score.stride=49 is larger than train.context_length=48"),
+        ({"train": {"context_length": 32}}, ConfigError, "context_length=48 differs from train.context_length=32"),
         ({"seed_model": {"path": "/no/such/model"}}, ConfigError, "/no/such/model"),
         ({"root": "/proc/cbtm"}, StorageError, "/proc/cbtm"),
     ],
@@ -216,6 +219,14 @@ def test_bad_lines_are_counted_and_beyond_the_limit_refused(corpus, tmp_path):
     stages.plan(strict)
     with pytest.raises(DataError, match=r"text\.jsonl, line 82: .* more than corpus\.max_bad_lines=1"):
         stages.cluster(strict)
+
+
+def test_a_file_beside_its_compressed_self_is_refused(corpus, tmp_path):
+    doubled = tmp_path / "corpus"
+    shutil.copytree(corpus, doubled)
+    (doubled / "train/00000/text.jsonl.gz").write_bytes(gzip.compress(b'{"text": "again"}\n'))
+    with pytest.raises(DataError, match=r"text\.jsonl\.gz and .*text\.jsonl are one file in two forms"):
+        stages.plan(make_run(settings(str(doubled), str(tmp_path / "out"), None)))
 
 
 def test_tokenizer_that_does_not_fit_the_seed_model_is_refused(made, corpus, tmp_path):
