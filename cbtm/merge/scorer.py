@@ -112,20 +112,14 @@ def score_documents(
     rows = list(documents.documents())
     # Score token t of a document at offsets[d] + t - 1: the separator itself has no probability.
     offsets = np.concatenate([[0], np.cumsum([len(row) - 1 for row in rows])]).astype(np.int64)
-    out = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
-    passes = 0
-    done = 0
-    for batch in _batches(rows, context_length, config):
-        inputs, targets = _pad(rows, batch)
+
+    def score(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float32]:
         scores = loss.log_probs(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        for window, row in zip(batch, scores.cpu().numpy(), strict=True):
-            kept = row[window.first - window.begin - 1 : window.end - window.begin - 1]
-            start = int(offsets[window.document]) + window.first - 1
-            out[start : start + len(kept)] = kept
-            done += len(kept)
-        passes += 1
-        if progress is not None:
-            progress(done, len(out))
+        values: NDArray[np.float32] = scores.cpu().numpy()
+        return values
+
+    batches = list(_batches(rows, context_length, config))
+    out = _score_batches(rows, offsets, batches, score, progress)
     if np.isnan(out).any():
         raise DataError(f"{int(np.isnan(out).sum())} of {len(out)} scores are NaN: the model's weights are broken")
     np.save(folder / LOG_PROBS_FILE, out)
@@ -134,11 +128,32 @@ def score_documents(
         **facts,
         "documents": documents.n_documents,
         "tokens": len(out),
-        "forward_passes": passes,
+        "forward_passes": len(batches),
         "negative_log_prob": float(-out.mean(dtype=np.float64)),
     }
     (folder / SCORES_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _score_batches(
+    rows: list[NDArray[np.int64]],
+    offsets: NDArray[np.int64],
+    batches: list[list[Window]],
+    score: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
+    progress: Callable[[int, int], None] | None,
+) -> NDArray[np.float32]:
+    """Scores of all tokens, float32 of shape (offsets[-1],); each batch is one call of `score`."""
+    out = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
+    done = 0
+    for batch in batches:
+        for window, row in zip(batch, score(*_pad(rows, batch)), strict=True):
+            kept = row[window.first - window.begin - 1 : window.end - window.begin - 1]
+            start = int(offsets[window.document]) + window.first - 1
+            out[start : start + len(kept)] = kept
+            done += len(kept)
+        if progress is not None:
+            progress(done, len(out))
+    return out
 
 
 def _batches(rows: list[NDArray[np.int64]], context_length: int, config: ScoreConfig) -> Iterator[list[Window]]:
