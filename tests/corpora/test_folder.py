@@ -120,13 +120,18 @@ def test_missing_empty_and_unusable_folders_are_named(tmp_path: Path):
         import_folder(tmp_path / "empty/a.txt", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_corpus_is_told_by_the_shards_of_its_train_folder(tmp_path: Path, name: str):
     assert not is_corpus(tmp_path)
     write(tmp_path / "train" / name, "")
     assert not is_corpus(tmp_path)  # not in a shard folder
     write(tmp_path / "train/00000" / name, "")
     assert is_corpus(tmp_path)
+
+
+def test_a_folder_of_what_cbtm_cannot_read_is_no_corpus(tmp_path: Path):
+    write(tmp_path / "train/00000/a.parquet", "")
+    assert not is_corpus(tmp_path)
 
 
 def test_the_validation_split_is_found_by_name_and_then_below_it(tmp_path: Path):

@@ -361,7 +361,8 @@ def test_without_a_server_from_the_start_replay_makes_the_runs(
     ended = time.time() * 1000
     assert len(warnings_of(caplog)) == 2, "one for each of the two runs"
     assert "http://127.0.0.1:9 cannot be used" in warnings_of(caplog)[1]
-    assert f"`cbtm tracking replay {folder}/a.jsonl` sends what is missing later" in warnings_of(caplog)[1]
+    said = warnings_of(caplog)[1]
+    assert f"{folder}/a.jsonl keeps what is tracked, and `cbtm tracking replay` with the run's configuration" in said
     assert "hunter2" not in caplog.text + (folder / "a.jsonl").read_text()
 
     failed = replay(folder, away)
