@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _DIGEST_LENGTH = 36
+# Two requests of the same moment are served well within this on any server that answers at all.
+_SETTLE_SECONDS = 1.0
 
 _environment_set_here: dict[str, str] = {}
 
@@ -218,7 +221,10 @@ class MlflowStore:
         tags = _run_tags(fields) | self._parent_tag(fields)
         client = self._client()
         run: Run = client.create_run(self._experiment(), start_time=opened.time_ms, tags=tags, run_name=fields["name"])
-        # A server has no lock: of two processes that created the run at once, both keep the earlier one.
+        # A server has no lock: of two processes that created the run at once, both keep the earlier one. Each looks
+        # only after the other's request, sent before it looked for the first time, has surely been served.
+        if not self.is_local_file:
+            time.sleep(_SETTLE_SECONDS)
         first = self._find(fields["run_key"])
         if first is not None and first.info.run_id != run.info.run_id:
             client.delete_run(run.info.run_id)

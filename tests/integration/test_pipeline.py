@@ -1,5 +1,6 @@
 """The compiled pipeline on this machine, from an installed wheel, outside the repository; killed and run again."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -122,6 +123,26 @@ def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def tasks_of(process: "subprocess.Popen[str]", component: str) -> list[psutil.Process]:
+    """Processes that execute a component at this moment."""
+    found = []
+    for child in descendants(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = child.cmdline()
+            if "kfp.dsl.executor_main" in line and component in line:
+                found.append(child)
+    return found
+
+
+def wait_for_task(process: "subprocess.Popen[str]", component: str, seconds: float = 200) -> list[psutil.Process]:
+    deadline = time.monotonic() + seconds
+    while not (found := tasks_of(process, component)):
+        assert process.poll() is None, "the run ended"
+        assert time.monotonic() < deadline, f"{component} did not start"
+        time.sleep(0.02)
+    return found
+
+
 def wait_for(path: Path, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -152,7 +173,8 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_result(finished, corpus, 
     # kill -9 of one task: the run fails and says so.
     process = start(config, installed)
     wait_for(root / "checkpoints/dense")
-    victims = [child for child in descendants(process) if "kfp.dsl.executor_main" in " ".join(child.cmdline())]
+    victims = tasks_of(process, "train_expert")
+    assert victims
     for victim in victims:
         victim.kill()
     output, _ = process.communicate(timeout=120)
@@ -162,7 +184,7 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_result(finished, corpus, 
 
     # Ctrl-C: the tasks save and the exit code says that the same command goes on.
     process = start(config, installed)
-    wait_for(root / "experts/cluster-00000/manifest.json")
+    wait_for_task(process, "train_expert")
     children = descendants(process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
