@@ -54,11 +54,13 @@ def run_pipeline(run: Run) -> None:
         PipelineFailedError: If a task failed, with the last lines that it wrote.
         Interrupted: On SIGTERM or Ctrl-C; the tasks have saved what they could.
         ConfigError: If kfp is not installed.
+        StorageError: If the run's root cannot be written.
     """
     if stages.finished(run):
         logger.info("run=%s root=%s up to date", run.config.name, run.config.root)
         return
     _check_kfp()
+    storage.check_writable(run.config.root)
     log = _log_folder(run) / f"pipeline-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -86,7 +88,9 @@ def run_pipeline(run: Run) -> None:
         _close_parent(run, "KILLED")
         raise
     _stop(child)  # tasks that outlived a pipeline that failed
-    if not storage.exists(run.uri("manifest.json")) or code != 0:
+    # By what was written, not by the exit code alone: an earlier configuration's manifest proves nothing. A fresh
+    # Run, because this one may remember manifests that have been replaced since.
+    if code != 0 or not stages.finished(Run(run.config)):
         _close_parent(run, "FAILED")
         raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
     logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)

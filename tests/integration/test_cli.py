@@ -59,6 +59,7 @@ def test_settings_are_printed_with_their_defaults(corpus, tmp_path):
         (("cluster", "run.yaml", "--set", "cluster.n_cluster=3"), "did you mean 'n_clusters'"),
         (("train", "run.yaml", "--member", "expert-3"), "'expert-3' is no member of a run"),
         (("assign", "run.yaml"), "plan.json is not there"),
+        (("run", "run.yaml", "--set", "root=/proc/cbtm"), "/proc/cbtm"),
         (("corpus", "download", "wikipedia", "out"), "unknown corpus 'wikipedia'; known is c4-example"),
     ],
 )
