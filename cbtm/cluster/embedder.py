@@ -1,8 +1,8 @@
 """Documents as points on a sphere: tf-idf, truncated SVD, unit length.
 
 The features are those of c-BTM (Gururangan et al. 2023, arXiv 2303.14177): scikit-learn's default tf-idf without
-English stop words and without numbers, projected by a truncated SVD (Halko et al. 2011, doi 10.1137/090771806) and
-scaled to unit length. Two choices differ from the way this is usually written:
+English stop words and without numbers, projected by a truncated SVD and scaled to unit length. Two choices differ
+from the way this is usually written:
 
 * The SVD is linear and the last step rescales every row, so tf-idf's own row norm cancels, and a document is
   normalise(sum over its words of idf * component). One float32 row per word is all that `transform` needs, and the
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cbtm.cluster.projection import leading_directions
+from cbtm.cluster.words import WordTable, blocks_of
 from cbtm.errors import ConfigError, DataError, ManifestError
 
 if TYPE_CHECKING:
@@ -36,34 +37,6 @@ ARRAYS_FILE = "embedder.safetensors"
 
 _SETTINGS = ("n_components", "min_document_frequency", "svd_iterations", "random_state")
 
-# Every maximal run of two or more word characters: the same matches as \b\w\w+\b, a quarter quicker.
-_WORD = re.compile(r"\w\w+")
-# Everything but ASCII word characters becomes a blank, so that `split` does the work of the regular expression.
-_ASCII_WORD_BYTES = bytes(byte if chr(byte).isalnum() or byte == ord("_") else 32 for byte in range(128)) + bytes(
-    [32] * 128
-)
-# Texts are counted in blocks of about this many characters: it bounds the memory of `transform`.
-_BLOCK_CHARACTERS = 4_000_000
-# Directions weaker than this part of the first are float32 rounding noise, not structure.
-_RANK_TOLERANCE = 1e-5
-
-
-def words(text: str) -> list[str]:
-    r"""Lower-cased words of two or more characters, in order: the matches of ``\b\w\w+\b``."""
-    return [word for word in _runs(text) if len(word) > 1]
-
-
-def word_spans(text_lower: str) -> list[tuple[int, int]]:
-    """Start and end of each word of `words` in a text that is lower-cased already, in characters."""
-    return [match.span() for match in _WORD.finditer(text_lower)]
-
-
-def _runs(text: str) -> list[str]:
-    """Words of `text`, and (for ASCII texts, which are split three times as fast) runs of one character too."""
-    if text.isascii():
-        return text.lower().encode("ascii").translate(_ASCII_WORD_BYTES).decode("ascii").split()
-    return _WORD.findall(text.lower())
-
 
 def _is_feature(word: str, stop_words: frozenset[str]) -> bool:
     return len(word) > 1 and not word[0].isdigit() and word not in stop_words
@@ -75,8 +48,8 @@ class TfidfSvdEmbedder:
     Args:
         n_components: Length of a vector, d. Reduced, with a warning in the log, where the texts allow fewer.
         min_document_frequency: Words found in fewer documents than this are left out of the vocabulary.
-        svd_iterations: Power iterations of the randomised SVD; more find directions of slightly higher energy.
-        random_state: Seed of the randomised SVD.
+        svd_iterations: Steps of the block Krylov method; more find directions of slightly higher energy.
+        random_state: Seed of the SVD.
 
     Attributes:
         vocabulary_: Word to column, in sorted order; V entries.
@@ -101,7 +74,7 @@ class TfidfSvdEmbedder:
         *,
         n_components: int = 100,
         min_document_frequency: int = 1,
-        svd_iterations: int = 5,
+        svd_iterations: int = 11,
         random_state: int = 0,
     ) -> None:
         for name, value, least in (
@@ -153,11 +126,16 @@ class TfidfSvdEmbedder:
         Raises:
             DataError: If something in `texts` is not a string.
         """
-        blocks = [
-            _unit_rows(_count_matrix(block, indptr, len(self.vocabulary_)) @ self.word_vectors_)
-            for block, indptr in self._column_blocks(texts)
-        ]
+        blocks = list(self.transform_blocks(texts))
         return np.concatenate(blocks) if blocks else np.empty((0, self.n_components_), dtype=np.float32)
+
+    def transform_blocks(self, texts: Iterable[str]) -> Iterator[NDArray[np.float32]]:
+        """`transform`, a block of rows at a time, for more texts than memory holds."""
+        for block in blocks_of(texts):
+            columns = self._table.find(block)
+            known = columns >= 0
+            indptr = np.concatenate([[0], np.cumsum(known)])[block.offsets]
+            yield _unit_rows(_count_matrix(columns[known], indptr, len(self.vocabulary_)) @ self.word_vectors_)
 
     def top_terms(self, centers: NDArray[np.floating[Any]], n: int = 10) -> list[list[str]]:
         """Words that set each centre apart: the highest tf-idf weight above the mean of all centres.
@@ -235,32 +213,70 @@ class TfidfSvdEmbedder:
         embedder._set_arrays(idf, components)
         return embedder
 
+    @classmethod
+    def from_arrays(
+        cls,
+        words: Sequence[str],
+        idf: NDArray[np.float32],
+        components: NDArray[np.float32],
+        *,
+        n_documents: int = 0,
+        explained_energy: float = 0.0,
+    ) -> TfidfSvdEmbedder:
+        """An embedder that was fitted elsewhere.
+
+        Args:
+            words: The vocabulary, sorted.
+            idf: Weight of each word, shape (V,).
+            components: Right singular vectors, shape (d, V).
+            n_documents: Number of documents that it was fitted on, 0 if nobody knows.
+            explained_energy: See the class; 0 if nobody knows.
+
+        Raises:
+            DataError: If the arrays do not fit the words, or one of these is not what the embedder takes for a word.
+        """
+        if list(words) != sorted(set(words)):
+            raise DataError("the vocabulary is not sorted, or repeats a word")
+        if idf.shape != (len(words),) or components.ndim != 2 or components.shape[1] != len(words) or not len(words):
+            raise DataError(
+                f"{len(words)} words, idf {list(idf.shape)} and components {list(components.shape)} do not belong "
+                "together"
+            )
+        embedder = cls(n_components=len(components))
+        embedder.n_documents_, embedder.explained_energy_ = n_documents, explained_energy
+        embedder.vocabulary_ = {word: column for column, word in enumerate(words)}
+        embedder._set_arrays(idf.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32))
+        if [word.decode() for word in embedder._table.words] != list(words):
+            wrong = next(word for word in words if not _is_word(word))
+            raise DataError(f"the vocabulary holds {wrong!r}, which is no word of two or more characters")
+        return embedder
+
     def _set_arrays(self, idf: NDArray[np.float32], components: NDArray[np.float32]) -> None:
         self.idf_ = idf
         self.components_ = components
         self.n_components_ = len(components)
         self.word_vectors_ = np.ascontiguousarray((components * idf).T)
 
+    @cached_property
+    def _table(self) -> WordTable:
+        return WordTable(self.vocabulary_)
+
     def _learn_vocabulary(self, texts: Iterable[str]) -> csr_matrix:
         """Count words in one pass and keep those that are features; returns counts, float32, shape (n, V)."""
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-        column_of: dict[str, int] = _GrowingVocabulary()
-        columns, indptr = array("i"), array("q", [0])
-        for text in _strings(texts):
-            columns.extend(map(column_of.__getitem__, _runs(text)))
-            indptr.append(len(columns))
-        self.n_documents_ = len(indptr) - 1
+        self.__dict__.pop("_table", None)
+        table = WordTable()
+        counts = _stacked([_merged(table.add(block), block.offsets, len(table)) for block in blocks_of(texts)])
+        self.n_documents_ = counts.shape[0]
         if self.n_documents_ == 0:
             raise DataError("there is no text to fit on; check that the corpus split is not empty")
-        counts = _count_matrix(_as_int32(columns), np.frombuffer(indptr, dtype=np.int64), len(column_of))
-        del columns
-        counts.sum_duplicates()
-        document_frequency = np.bincount(counts.indices, minlength=len(column_of))
+        document_frequency = np.bincount(counts.indices, minlength=len(table))
+        words = [word.decode("utf-8", "surrogatepass") for word in table.words]
         kept = sorted(
-            word
-            for word, column in column_of.items()
-            if _is_feature(word, ENGLISH_STOP_WORDS) and document_frequency[column] >= self.min_document_frequency
+            (word, column)
+            for column, word in enumerate(words)
+            if document_frequency[column] >= self.min_document_frequency and _is_feature(word, ENGLISH_STOP_WORDS)
         )
         if not kept:
             raise DataError(
@@ -268,9 +284,8 @@ class TfidfSvdEmbedder:
                 f"than min_document_frequency={self.min_document_frequency} documents; "
                 "check the texts or lower min_document_frequency"
             )
-        old_columns = np.array([column_of[word] for word in kept])
-        self.vocabulary_ = {word: column for column, word in enumerate(kept)}
-        return counts[:, old_columns]
+        self.vocabulary_ = {word: column for column, (word, _) in enumerate(kept)}
+        return _renumbered(counts, np.array([column for _, column in kept]))
 
     def _weigh(self, counts: csr_matrix) -> csr_matrix:
         """Scale counts (n, V) to tf-idf rows of unit length, in place."""
@@ -278,73 +293,68 @@ class TfidfSvdEmbedder:
         document_frequency = np.bincount(counts.indices, minlength=n_words)
         self.idf_ = (np.log((1 + n_documents) / (1 + document_frequency)) + 1).astype(np.float32)
         counts.data *= self.idf_[counts.indices]
-        counts.sort_indices()
-        lengths = np.sqrt(counts.multiply(counts).sum(axis=1)).A1
-        lengths[lengths == 0] = 1
-        counts.data /= np.repeat(lengths, np.diff(counts.indptr)).astype(np.float32)
+        rows = np.repeat(np.arange(n_documents), np.diff(counts.indptr))
+        lengths = np.sqrt(np.bincount(rows, weights=np.square(counts.data, dtype=np.float64), minlength=n_documents))
+        counts.data /= lengths[rows].astype(np.float32)
         return counts
 
     def _learn_projection(self, tfidf: csr_matrix) -> None:
-        """Set `components_` and what follows from them by a randomised SVD of tf-idf rows (n, V)."""
-        from sklearn.utils.extmath import randomized_svd
-
-        n_components = min(self.n_components, *tfidf.shape)
-        _, strengths, components = randomized_svd(
-            tfidf,
-            n_components,
-            n_iter=self.svd_iterations,
-            random_state=self.random_state,
-            flip_sign=False,
+        """Set `components_` and what follows from them by a truncated SVD of tf-idf rows (n, V)."""
+        _, components = leading_directions(
+            tfidf, self.n_components, iterations=self.svd_iterations, random_state=self.random_state
         )
-        n_real = int(np.count_nonzero(strengths > _RANK_TOLERANCE * strengths[0]))
-        if n_real < self.n_components:
+        if len(components) < self.n_components:
             logger.warning(
                 "n_components=%d reduced to %d: %d documents with %d words span no more directions",
                 self.n_components,
-                n_real,
+                len(components),
                 *tfidf.shape,
             )
-        # The sign of a singular vector is free: the largest entry is made positive, so that it does not depend
-        # on the linear algebra library.
-        components = components[:n_real]
-        largest = np.abs(components).argmax(axis=1)
-        components *= np.sign(components[np.arange(n_real), largest])[:, None]
-        self._set_arrays(self.idf_, np.ascontiguousarray(components, dtype=np.float32))
-
-    def _column_blocks(self, texts: Iterable[str]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Vocabulary columns of the words of successive texts, with the offsets of the texts."""
-        column_of = self.vocabulary_.get
-        columns, indptr, characters = array("i"), array("q", [0]), 0
-        for text in _strings(texts):
-            columns.extend(column for column in map(column_of, _runs(text)) if column is not None)
-            indptr.append(len(columns))
-            characters += len(text)
-            if characters >= _BLOCK_CHARACTERS:
-                yield _as_int32(columns), np.frombuffer(indptr, dtype=np.int64)
-                columns, indptr, characters = array("i"), array("q", [0]), 0
-        if len(indptr) > 1:
-            yield _as_int32(columns), np.frombuffer(indptr, dtype=np.int64)
+        self._set_arrays(self.idf_, components)
 
 
-class _GrowingVocabulary(dict[str, int]):
-    """Gives every new word the next column."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = column = len(self)
-        return column
+def _is_word(word: str) -> bool:
+    return WordTable([word]).words == [word.encode("utf-8", "surrogatepass")]
 
 
-def _strings(texts: Iterable[str]) -> Iterator[str]:
-    if isinstance(texts, str):
-        raise DataError("texts is one string; pass a sequence of strings")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise DataError(f"text {index} is a {type(text).__name__}, not a string")
-        yield text
+def _merged(columns: NDArray[np.int32], offsets: NDArray[np.int64], n_words: int) -> csr_matrix:
+    """How often each word occurs in each text; float32, shape (texts, n_words)."""
+    counts = _count_matrix(columns, offsets, n_words)
+    counts.sum_duplicates()
+    return counts
 
 
-def _as_int32(columns: array[int]) -> NDArray[np.int32]:
-    return np.frombuffer(columns, dtype=np.int32) if columns else np.empty(0, dtype=np.int32)
+def _stacked(blocks: list[csr_matrix]) -> csr_matrix:
+    """Blocks of rows over a growing vocabulary as one matrix; `blocks` is emptied, to hold the entries once."""
+    from scipy.sparse import csr_matrix
+
+    if not blocks:
+        return csr_matrix((0, 0), dtype=np.float32)
+    n_words = blocks[-1].shape[1]
+    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
+    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    data, indices = np.empty(indptr[-1], dtype=np.float32), np.empty(indptr[-1], dtype=np.int32)
+    end = len(data)
+    while blocks:
+        block = blocks.pop()
+        start = end - block.nnz
+        data[start:end], indices[start:end] = block.data, block.indices
+        end = start
+    return csr_matrix((data, indices, indptr), shape=(len(lengths), n_words))
+
+
+def _renumbered(counts: csr_matrix, kept: NDArray[np.int64]) -> csr_matrix:
+    """The columns `kept` of `counts`, in that order."""
+    from scipy.sparse import csr_matrix
+
+    new_columns = np.full(counts.shape[1], -1, dtype=np.int32)
+    new_columns[kept] = np.arange(len(kept), dtype=np.int32)
+    indices = new_columns[counts.indices]
+    is_kept = indices >= 0
+    indptr = np.concatenate([[0], np.cumsum(is_kept)])[counts.indptr]
+    reduced = csr_matrix((counts.data[is_kept], indices[is_kept], indptr), shape=(counts.shape[0], len(kept)))
+    reduced.sort_indices()
+    return reduced
 
 
 def _count_matrix(columns: NDArray[np.int32], indptr: NDArray[np.int64], n_words: int) -> csr_matrix:
