@@ -247,7 +247,7 @@ class TfidfSvdEmbedder:
         embedder.vocabulary_ = {word: column for column, word in enumerate(words)}
         embedder._set_arrays(idf.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32))
         if [word.decode() for word in embedder._table.words] != list(words):
-            wrong = next(word for word in words if not _is_word(word))
+            wrong = next((word for word in words if not _is_word(word)), words[0])
             raise DataError(f"the vocabulary holds {wrong!r}, which is no word of two or more characters")
         return embedder
 

@@ -153,9 +153,10 @@ def _keys(buffer: bytes, starts: NDArray[np.int64], lengths: NDArray[np.int64]) 
     keys: NDArray[np.uint64] = pieces[starts] & _PIECE_MASKS[np.minimum(lengths, _PIECE)]
     long = np.flatnonzero(lengths > _PIECE)
     for place, some in _further_pieces(long, lengths):
-        mixed = keys[some] * _MULTIPLIER
-        mixed ^= mixed >> np.uint64(29)
-        keys[some] = mixed + (pieces[starts[some] + place] & _masks(lengths[some], place)) * _PIECE_MULTIPLIER
+        piece = pieces[starts[some] + place] & _masks(lengths[some], place)
+        mixed = (keys[some] * _MULTIPLIER ^ piece) * _PIECE_MULTIPLIER
+        # A product carries upwards only: what the upper bits have learned must reach the lower ones, which remain.
+        keys[some] = mixed ^ mixed >> np.uint64(32)
     keys[long] |= _LONG
     return keys
 
@@ -169,6 +170,17 @@ def _further_pieces(long: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iter
         long = long[lengths[long] > place]
 
 
+def _is_same_word(block: WordBlock, some: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Compare words of more than one piece with others of the same block, byte by byte; shape (len(some),)."""
+    pieces, lengths = _pieces(block.buffer), block.lengths[some]
+    starts, other_starts = block.starts[some], block.starts[others]
+    same: NDArray[np.bool_] = (lengths == block.lengths[others]) & (pieces[starts] == pieces[other_starts])
+    for place, longer in _further_pieces(np.flatnonzero(same), lengths):
+        difference = pieces[starts[longer] + place] ^ pieces[other_starts[longer] + place]
+        same[longer] &= difference & _masks(lengths[longer], place) == 0
+    return same
+
+
 def _masks(lengths: NDArray[np.int64], place: int) -> NDArray[np.uint64]:
     return _PIECE_MASKS[np.minimum(lengths - place, _PIECE)]
 
@@ -177,7 +189,7 @@ class WordTable:
     """Columns of words, looked up for whole blocks.
 
     Args:
-        words: Words with the columns 0, 1, 2, …
+        words: Different words, which get the columns 0, 1, 2, …
 
     Attributes:
         words: UTF-8 of the word of each column.
@@ -209,16 +221,29 @@ class WordTable:
         new = np.flatnonzero(columns < 0)
         if not len(new):
             return columns
-        # In the order in which they are first seen.
-        keys, first = np.unique(block.keys[new], return_index=True)
-        order = np.argsort(first)
-        keys, first = keys[order], new[first[order]]
-        is_known = self._columns_of_keys(keys) >= 0  # another word has this key
-        self._append(block, first[~is_known], keys[~is_known])
-        columns[new] = self._find(block, new)
-        for index in new[columns[new] < 0].tolist():
-            columns[index] = self._add_same_key(block.word(index))
+        keys, first, of_key = np.unique(block.keys[new], return_index=True, return_inverse=True)
+        long = np.flatnonzero(block.lengths[new] > _PIECE)
+        is_one_word = _is_same_word(block, new[long], new[first[of_key[long]]]).all()
+        if is_one_word and (self._columns_of_keys(keys) < 0).all():
+            order = np.argsort(first)  # in which they are first seen
+            self._append(block, new[first[order]], keys[order])
+            columns[new] = self._find(block, new)
+        else:
+            for index in new.tolist():  # different words of one key: slow, and next to never
+                columns[index] = self._add_one(block, index)
         return columns
+
+    def _add_one(self, block: WordBlock, index: int) -> int:
+        word, here = block.word(index), np.array([index])
+        if (column := int(self._find(block, here)[0])) >= 0:
+            return column
+        if self._columns_of_keys(block.keys[here])[0] < 0:
+            self._append(block, here, block.keys[here])
+        else:
+            self._same_key[word] = len(self.words)
+            self._append_spelling(word)
+            self._keys.append(0)  # no word has this key, so that the column has no slot of its own
+        return len(self.words) - 1
 
     def _find(self, block: WordBlock, some: NDArray[np.int64]) -> NDArray[np.int32]:
         columns = self._columns_of_keys(block.keys[some])
@@ -272,14 +297,6 @@ class WordTable:
         self._spelling_starts.append(len(self._spelling))
         self._lengths.append(len(word))
         self._spelling += word.ljust(-(-len(word) // _PIECE) * _PIECE, b"\0")
-
-    def _add_same_key(self, word: bytes) -> int:
-        if word not in self._same_key:
-            self._same_key[word] = len(self.words)
-            self._append_spelling(word)
-            # A column without a slot: no text has this key.
-            self._keys.append(0)
-        return self._same_key[word]
 
     def _set_slots(self, bits: int) -> None:
         self._shift, self._last_slot = np.uint64(64 - bits), (1 << bits) - 1

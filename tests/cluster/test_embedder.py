@@ -318,3 +318,18 @@ def test_import_is_light():
     code = "import sys, cbtm.cluster.embedder; print([m for m in ('sklearn', 'scipy', 'torch') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_vocabulary_of_many_similar_words_embeds_alike_in_fit_and_transform():
+    # Words that differ in one byte, at the end of every piece of eight, and more of them than the first table holds.
+    rng = np.random.default_rng(0)
+    stems = ["callback_plugin", "node_position_", "createdelegationrequest", "abcdefg", "identifier_of_the_"]
+    words = np.array([stem + suffix for stem in stems for suffix in "abcdefghijklmnopqrstuvwxyzs"])
+    texts = [
+        " ".join([*rng.choice(words, 12), *(f"w{number:x}" for number in rng.integers(0, 30_000, 20))])
+        for _ in range(1500)
+    ]
+    fitted = TfidfSvdEmbedder(n_components=20)
+    vectors = fitted.fit_transform(texts)
+    assert len(fitted.vocabulary_) > 15_000
+    np.testing.assert_allclose(fitted.transform(texts), vectors, atol=1e-5)
