@@ -4,56 +4,35 @@ Every cluster receives floor(n/k) or ceil(n/k) points, and no such assignment co
 min-cost flow, including the choice of which n mod k clusters take the extra point. The problem has only k dual
 unknowns, so we solve it from there instead of by an auction (the reference implementation) or a general flow solver:
 
-1. *Prices.* The dual, sum_i min_j (cost_ij + price_j) - n/k sum_j price_j, is smoothed by a log-sum-exp of width
-   epsilon and maximised by Newton's method on k prices while epsilon shrinks (the smoothed dual of Cuturi and Peyré
-   2016, doi 10.1137/15M1032600).
+1. *Prices.* `cbtm.cluster.dual` finds prices of the clusters that nearly balance them, on a GPU where asked.
 2. *Repair.* argmin_j (cost_ij + price_j) is optimal for the sizes that it happens to have, whatever the prices. The
    few surplus points move along successive shortest paths (Ahuja, Magnanti and Orlin 1993, section 9.7) in the
    residual graph of the clusters, where the edge a -> b weighs the least cost_ib - cost_ia of a point i in a. One
    more node, the pool, hands out the n mod k extra places, so that the paths move these too.
 
 The repair works on costs rounded to whole numbers, so that its sums are exact and a shortest path is one: the grid is
-at most 2^-49 (k + 2) of the widest row. Ties are broken by index, so the same input gives the same labels.
+at most 2^-49 (k + 2) of the widest row. Ties are broken by index, so the same input gives the same labels. It always
+runs in numpy: whichever device found the prices, the total is the least one.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
+from cbtm.cluster.devices import NUMPY, Array, Device, find_device
+from cbtm.cluster.dual import Scale, smoothed_prices
 from cbtm.errors import ConfigError, DataError
 
-# Smoothing widths as parts of the typical row range (largest minus least cost of a point). Clustered or repeated
-# points need the narrow ones; most problems end at 0.003 or 0.001.
-_WIDTHS = (0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
-_WIDTH_FROM_PRICES = 0.001  # the narrowest at which good start prices enter
-# Widths end where no more than this part of the points is shared: moving these is quicker than a narrower width.
-_UNSETTLED_TOLERANCE = 0.003
-# Widths from here up are solved on every m-th point, so that about this many take part.
-_WIDTH_ON_SAMPLE = 0.01
-_SAMPLE_AT_LEAST = 8192
-_SAMPLE_PER_CLUSTER = 64
-# Newton steps per width at most; what is not balanced by then is left to the next width, at last to the repair.
-_NEWTON_STEPS = 12
-_LINE_SEARCH_STEPS = 4  # evaluations on the way back from a step that goes too far
-# A width is solved when no cluster's expected size is off by more than this part of n/k, or than one point.
-_IMBALANCE_ON_SAMPLE = 0.02
-_IMBALANCE_ON_ALL = 0.002
-# Part of n/k added to the diagonal of the second derivative, and the longest step in widths.
-_DAMPING = 1e-3
-_LONGEST_STEP = 10
-_BLOCK_NUMBERS = 1 << 17  # of a block of points: as float32 they stay in a second-level cache
-# Costs above this many typical ranges are all the same to the smoothed dual (not to the repair).
-_LARGEST = 1e6
+if TYPE_CHECKING:
+    import torch
+
 # Largest price on the repair's grid: a price and a path of costs together stay below 2^53.
 _LARGEST_WHOLE = 2.0**50
 
@@ -75,49 +54,43 @@ class BalancedAssignment:
 
 
 def balanced_assignment(
-    cost: NDArray[np.floating[Any]], *, initial_prices: NDArray[np.floating[Any]] | None = None
+    cost: Array,
+    *,
+    initial_prices: NDArray[np.floating[Any]] | None = None,
+    device: str | torch.device | Device | None = None,
 ) -> BalancedAssignment:
     """Assign points to clusters of equal size at the least total cost.
 
     Args:
-        cost: Cost of giving point i to cluster j, float32 or float64, shape (n, k), 1 <= k <= n.
+        cost: Cost of giving point i to cluster j, float32 or float64, shape (n, k), 1 <= k <= n; an array of numpy,
+            or a tensor that is on `device` already.
         initial_prices: Prices of a similar problem, shape (k,), to start from; they change the time taken, and
             which of several equally cheap assignments is found, but not the total.
+        device: Where the prices are found, see `cbtm.cluster.devices.find_device`; like `initial_prices` it does not
+            change the total.
 
     Returns:
-        The assignment. The same input gives the same labels.
+        The assignment. The same input gives the same labels on one device.
 
     Raises:
         DataError: If `cost` is not a matrix, is empty, or holds a NaN, an infinity or too wide a row.
-        ConfigError: If there are more clusters than points, or `initial_prices` does not fit.
+        ConfigError: If there are more clusters than points, `initial_prices` does not fit, or the device is not there.
     """
-    cost = _checked_cost(cost)
-    n_points, n_clusters = cost.shape
+    device = find_device(device)
+    host_cost = _checked_cost(device.get(cost))
+    n_points, n_clusters = host_cost.shape
     if initial_prices is not None:
         initial_prices = _checked_prices(initial_prices, n_clusters)
-    scale = _Scale.of(cost)
+    scale = Scale.of(host_cost)
     prices = np.zeros(n_clusters)
     if scale.typical_range > 0:
-        with np.errstate(over="ignore", under="ignore"), one_blas_thread():
-            prices = _smoothed_prices(cost, initial_prices, scale)
-    repair = _Repair(cost, prices, scale)
+        on_device = device.put(cost if device.holds(cost) else host_cost)
+        with np.errstate(over="ignore", under="ignore"), device.exact_products():
+            prices = smoothed_prices(on_device, scale, initial_prices=initial_prices, device=device)
+    repair = _Repair(host_cost, prices, scale)
     repair.run()
-    total_cost = float(cost[np.arange(n_points), repair.labels].sum(dtype=np.float64))
+    total_cost = float(host_cost[np.arange(n_points), repair.labels].sum(dtype=np.float64))
     return BalancedAssignment(repair.labels, repair.prices(), total_cost)
-
-
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Hold matrix products to one thread.
-
-    The products here are small: threads that wait for each other on a busy machine made them ten times slower. It
-    also keeps results independent of the number of cores.
-    """
-    return cast("AbstractContextManager[object]", _blas_libraries().limit(limits=1, user_api="blas"))
-
-
-@functools.cache
-def _blas_libraries() -> ThreadpoolController:
-    return ThreadpoolController()  # a search through the loaded libraries: 3 ms, once
 
 
 def _checked_cost(cost: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -148,117 +121,6 @@ def _checked_prices(initial_prices: NDArray[np.floating[Any]], n_clusters: int) 
     return prices
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Units of a cost matrix: the least cost of each point (n,), and the typical and widest range of a row."""
-
-    least: NDArray[np.float64]
-    typical_range: float
-    widest_range: float
-
-    @classmethod
-    def of(cls, cost: NDArray[np.floating[Any]]) -> _Scale:
-        least = cost.min(axis=1).astype(np.float64)
-        with np.errstate(over="ignore"):
-            ranges = cost.max(axis=1) - least
-        widest = float(ranges.max())
-        if not np.isfinite(widest):
-            raise DataError("the costs of one point differ by more than a float64 can hold; scale them down")
-        # The median, because one far outlier would make every width too wide for the other points.
-        wide = ranges[ranges > 0]
-        return cls(least, float(np.median(wide)) if len(wide) else 0.0, widest)
-
-
-def _smoothed_prices(
-    cost: NDArray[np.floating[Any]], initial_prices: NDArray[np.float64] | None, scale: _Scale
-) -> NDArray[np.float64]:
-    """Prices (k,) that nearly balance the expected sizes: a continuation over shrinking widths."""
-    n_points, n_clusters = cost.shape
-    rows = np.empty((n_clusters, n_points), dtype=np.float32)
-    for part in _row_blocks(cost):
-        relative = (cost[part] - scale.least[part, None]) / scale.typical_range
-        rows[:, part] = np.clip(relative, 0, _LARGEST).T
-    sample_size = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_CLUSTER * n_clusters)
-    sample = np.ascontiguousarray(rows[:, :: max(1, n_points // sample_size)])
-    prices, start = np.zeros(n_clusters), 0
-    if initial_prices is not None:
-        initial_prices = np.clip(initial_prices / scale.typical_range, -_LARGEST, _LARGEST)
-        if (within_reach := _narrowest_within_reach(sample, initial_prices)) is not None:
-            prices, start = initial_prices, within_reach
-    for width in _WIDTHS[start:]:
-        on_sample = width >= _WIDTH_ON_SAMPLE
-        dual = _balance(sample if on_sample else rows, prices, width)
-        prices = dual.prices
-        if dual.unsettled <= _UNSETTLED_TOLERANCE and not on_sample:
-            break
-    return prices * scale.typical_range
-
-
-def _row_blocks(cost: NDArray[np.floating[Any]]) -> Iterator[slice]:
-    """Slices of the rows of `cost` that hold a bounded number of costs."""
-    n_points, n_clusters = cost.shape
-    step = max(1, _BLOCK_NUMBERS // n_clusters)
-    return (slice(start, start + step) for start in range(0, n_points, step))
-
-
-def _narrowest_within_reach(rows: NDArray[np.float32], prices: NDArray[np.float64]) -> int | None:
-    """Index of the narrowest width at which one Newton step from `prices` is short, None if there is none."""
-    for index in reversed(range(_WIDTHS.index(_WIDTH_FROM_PRICES) + 1)):
-        if np.abs(_SmoothedDual(rows, prices, _WIDTHS[index]).newton_step()).max() <= _LONGEST_STEP:
-            return index
-    return None
-
-
-def _balance(rows: NDArray[np.float32], prices: NDArray[np.float64], width: float) -> _SmoothedDual:
-    """Maximise the smoothed dual of one width over `rows` (k, n), from `prices` (k,)."""
-    part = _IMBALANCE_ON_SAMPLE if width >= _WIDTH_ON_SAMPLE else _IMBALANCE_ON_ALL
-    tolerance = max(1.0, part * rows.shape[1] / rows.shape[0])
-    dual = _SmoothedDual(rows, prices, width)
-    for _ in range(_NEWTON_STEPS):
-        if np.abs(dual.surplus).max() <= tolerance:
-            break
-        step = dual.newton_step()
-        step *= min(1.0, _LONGEST_STEP / np.abs(step).max())
-        rise = dual.surplus @ step
-        for _ in range(_LINE_SEARCH_STEPS):
-            trial = _SmoothedDual(rows, dual.prices + width * step, width)
-            if (trial_rise := trial.surplus @ step) >= -rise / 2:
-                break
-            # Too far beyond the top in this direction: back to where the slope is 0 by the secant.
-            shorter = rise / (rise - trial_rise)
-            step, rise = shorter * step, shorter * rise
-        dual = trial
-    return dual
-
-
-class _SmoothedDual:
-    """The smoothed dual at one point: expected sizes and their derivatives, from float32 costs (k, n)."""
-
-    def __init__(self, rows: NDArray[np.float32], prices: NDArray[np.float64], width: float) -> None:
-        self.prices = prices
-        n_clusters, n_points = rows.shape
-        self._capacity = n_points / n_clusters
-        self._mass = np.zeros(n_clusters)
-        self._overlap = np.zeros((n_clusters, n_clusters))
-        shift = prices.astype(np.float32)[:, None]
-        for part in _row_blocks(rows.T):
-            shares = rows[:, part] + shift  # (k, block)
-            shares -= shares.min(axis=0)
-            shares *= np.float32(-1 / width)
-            np.exp(shares, out=shares)
-            shares /= shares.sum(axis=0)
-            self._mass += shares.sum(axis=1)
-            self._overlap += shares @ shares.T
-        self.surplus = self._mass - self._capacity
-        self.unsettled = 1 - float(np.trace(self._overlap)) / n_points
-
-    def newton_step(self) -> NDArray[np.float64]:
-        """Change of the prices in widths (k,)."""
-        # The damping keeps clusters that nobody wants yet in bounds.
-        curvature = np.diag(self._mass + _DAMPING * self._capacity) - self._overlap
-        return np.linalg.solve(curvature, self.surplus)
-
-
 class _Repair:
     """Labels of least cost + price on a whole-number grid, and the moves that give each cluster its size.
 
@@ -270,7 +132,7 @@ class _Repair:
         labels: Current cluster of each point, int32, shape (n,).
     """
 
-    def __init__(self, cost: NDArray[np.floating[Any]], prices: NDArray[np.float64], scale: _Scale) -> None:
+    def __init__(self, cost: NDArray[np.floating[Any]], prices: NDArray[np.float64], scale: Scale) -> None:
         self._cost, self._least = cost, scale.least
         n_points, n_clusters = cost.shape
         self._pool = n_clusters  # number of the pool node
@@ -311,7 +173,7 @@ class _Repair:
 
     def _cheapest_labels(self, whole_prices: NDArray[np.float64]) -> NDArray[np.int32]:
         labels = np.empty(len(self._cost), dtype=np.int32)
-        for part in _row_blocks(self._cost):
+        for part in NUMPY.blocks(*self._cost.shape):
             labels[part] = (self._whole_costs(part) + whole_prices).argmin(axis=1)
         return labels
 

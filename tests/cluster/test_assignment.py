@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cbtm.cluster.assignment import BalancedAssignment, balanced_assignment
+from cbtm.cluster.kmeans import squared_distances
 from cbtm.errors import ConfigError, DataError
 
 
@@ -65,6 +66,22 @@ def clustered_distances(rng: np.random.Generator, n: int, k: int, d: int = 8) ->
     points = rng.normal(size=(k, d))[groups] + 0.3 * rng.normal(size=(n, d))
     centers = points[rng.choice(n, k, replace=False)]
     return np.square(points[:, None] - centers).sum(axis=2).astype(np.float32)
+
+
+def text_distances(n: int, k: int) -> NDArray[np.float32]:
+    """Squared distances of unit vectors of 100 numbers, like those of texts, to k of them.
+
+    There are 1.5 k topics of very unequal size, and a spectrum that falls. Of 50,000 such points the nearest of 128
+    centres takes 61 to 1340.
+    """
+    rng = np.random.default_rng(0)
+    n_topics = 3 * k // 2
+    topics = rng.normal(size=(n_topics, 100)) * np.exp(-np.arange(100) / 40)
+    own_topics = rng.choice(n_topics, n, p=rng.dirichlet(np.full(n_topics, 0.5)))
+    spread = rng.uniform(0.5, 1.5, size=(n, 1)) * np.exp(-np.arange(100) / 60)
+    x = topics[own_topics] + spread * rng.normal(size=(n, 100))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return squared_distances(x, x[rng.choice(n, k, replace=False)])
 
 
 def test_hand_computed_choice_of_the_extra_place():
@@ -127,6 +144,46 @@ def test_medium_problems_equal_the_flow_optimum(n_points, n_clusters):
     result = balanced_assignment(whole.astype(np.float64))
     assert_balanced(result, whole)
     assert result.total_cost == flow_optimum(whole)
+
+
+@pytest.mark.parametrize(
+    ("n_points", "n_clusters"), [(20_000, 32), (50_000, 8), pytest.param(50_000, 128, marks=pytest.mark.slow)]
+)
+def test_distances_like_those_of_texts_equal_the_flow_optimum(n_points, n_clusters):
+    whole = np.rint(text_distances(n_points, n_clusters).astype(np.float64) * 2**20).astype(np.int64)
+    result = balanced_assignment(whole.astype(np.float64))
+    assert_balanced(result, whole)  # 50,000 = 390 * 128 + 80: which 80 clusters take one more is part of the optimum
+    assert result.total_cost == flow_optimum(whole)
+
+
+ADVERSARIAL = {
+    "only ties": lambda rng, n, k: rng.integers(0, 2, size=(n, k)),
+    "all equal": lambda rng, n, k: np.full((n, k), 5),
+    "duplicate points": lambda rng, n, k: rng.integers(0, 30, size=(3, k))[rng.integers(3, size=n)],
+    "duplicate clusters": lambda rng, n, k: rng.integers(0, 30, size=(n, 3))[:, rng.integers(3, size=k)],
+    "one far outlier": lambda rng, n, k: (
+        rng.integers(0, 99, size=(n, k)) * np.where(np.arange(n) == n // 2, 10**9, 1)[:, None]
+    ),
+    "one wanted cluster": lambda rng, n, k: rng.integers(0, 9, size=(n, k)) + 1000 * (np.arange(k) > 0),
+    "one shunned cluster": lambda rng, n, k: rng.integers(0, 9, size=(n, k)) + 1000 * (np.arange(k) == 0),
+    "far groups": lambda rng, n, k: (rng.geometric(0.5, size=n)[:, None] - 1 - np.arange(k)) ** 2 * 10**6,
+}
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_thirty_adversarial_problems_equal_the_flow_optimum(kind):
+    rng = np.random.default_rng(13)
+    for case in range(30):
+        k = int(rng.integers(1, 12))
+        n = (k, k + 1, 2 * k - 1, 2 * k, 5 * k + k // 2, int(rng.integers(k, 90)))[case % 6]
+        if case % 10 == 0:
+            k = 1
+        whole = np.asarray(ADVERSARIAL[kind](rng, n, k), dtype=np.int64)
+        cost = whole.astype(np.float64)
+        result = balanced_assignment(cost)
+        assert_balanced(result, cost)
+        assert_prices_prove_it(result, cost)
+        assert result.total_cost == flow_optimum(whole)
 
 
 def test_as_many_clusters_as_points_is_the_assignment_problem():
@@ -257,3 +314,42 @@ def test_prices_that_do_not_fit_are_refused(prices):
 def test_a_row_wider_than_float64_is_refused():
     with pytest.raises(DataError, match="differ by more than a float64 can hold"):
         balanced_assignment(np.array([[1.7e308, -1.7e308], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_prices_found_by_torch_lead_to_the_same_total(dtype):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(14)
+    for _ in range(20):
+        k = int(rng.integers(1, 15))
+        n = int(rng.integers(k, 3000))
+        cost = clustered_distances(rng, n, k).astype(dtype)
+        expected, result = balanced_assignment(cost), balanced_assignment(cost, device=torch.device("cpu"))
+        assert_balanced(result, cost)
+        assert_prices_prove_it(result, cost)
+        assert result.total_cost == pytest.approx(expected.total_cost, rel=1e-12)
+        assert np.array_equal(result.labels, expected.labels)  # no ties, so one optimum
+        on_device = balanced_assignment(torch.tensor(cost), device=torch.device("cpu"))
+        assert np.array_equal(on_device.labels, result.labels)
+
+
+def test_torch_starts_from_prices_too():
+    torch = pytest.importorskip("torch")
+    cost = clustered_distances(np.random.default_rng(15), 1001, 9)
+    cold = balanced_assignment(cost)
+    warm = balanced_assignment(cost, initial_prices=cold.prices, device=torch.device("cpu"))
+    assert np.array_equal(warm.labels, cold.labels)
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-30, 1e30, 1e300])
+def test_torch_takes_very_small_and_very_large_costs(scale):
+    torch = pytest.importorskip("torch")
+    cost = np.random.default_rng(16).random((50, 4)) * scale
+    expected = balanced_assignment(cost)
+    assert balanced_assignment(cost, device=torch.device("cpu")).labels.tolist() == expected.labels.tolist()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    pytest.importorskip("torch")
+    with pytest.raises(ConfigError, match="device='cuda:99' cannot be used here"):
+        balanced_assignment(np.zeros((3, 2)), device="cuda:99")
