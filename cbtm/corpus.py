@@ -1,31 +1,42 @@
-"""Reading a corpus: `<root>/<split>/<shard>/<name>.jsonl[.gz|.zst]`, one `{"text": str, "id": …}` a line.
+"""Reading a corpus: `<root>/<split>/<shard>/<name>.jsonl[.gz|.zst]`, one `{"text": str, "id": …}` a line, or
+`<name>.parquet` with a column `text`, one document a row.
 
-A document is known by its `sp_id`, "<path relative to the corpus root>|<line>", so that a corpus may be moved.
-Files come in sorted order and lines in file order: every stage sees the same documents in the same order.
+A document is known by its `sp_id`, "<path relative to the corpus root>|<line or row, from 0>", so that a corpus may
+be moved. Files come in sorted order and lines in file order: every stage sees the same documents in the same order.
+
+What is read is UTF-8: a line that is not, or that escapes half of a surrogate pair, is a bad line. A byte order mark
+at the start of a file and \\r before a line end mean nothing; of a key that is there twice the last one holds. A file
+that is replaced or removed while it is open is read to its old end; one that is changed in place is an error.
 """
 
+import codecs
+import contextlib
 import gzip
 import io
 import logging
+import os
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 from pydantic import Field, field_validator
 
-from cbtm import storage
+from cbtm import parquet, storage
 from cbtm.config import Config
-from cbtm.errors import DataError
+from cbtm.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from zstandard import ZstdDecompressionObj
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", parquet.SUFFIX)
+_MAX_LINE_BYTES = 1 << 28  # a line is in memory whole; beyond this it is one JSON document and not one a line
 _PACKED_BYTES = 1 << 17
 
 
@@ -36,7 +47,7 @@ class CorpusConfig(Config):
         root: Folder or s3:// prefix of the corpus.
         train_split: Path of the training split below the root.
         validation_split: Path of the validation split below the root, such as valid/C8_small.
-        max_bad_lines: Lines per file that may be unreadable (no JSON, no text); they are counted and skipped.
+        max_bad_lines: Lines or rows per file that may be unreadable (no JSON, no text); they are counted and skipped.
     """
 
     root: str = Field(min_length=1)
@@ -83,7 +94,8 @@ def list_split(root: str, split: str) -> list[storage.StoredFile]:
     """List the corpus files of a split, sorted; paths are relative to the corpus root.
 
     Raises:
-        DataError: If the split has no file that could hold documents, or one twice, compressed and not.
+        DataError: If the split has no file that could hold documents, or one in two forms: a.jsonl beside a.jsonl.gz
+            is most likely the same text twice, and a.parquet beside them would share the name of its assignments.
     """
     files = [
         storage.StoredFile(f"{split}/{file.path}", file.size, file.version)
@@ -97,11 +109,18 @@ def list_split(root: str, split: str) -> list[storage.StoredFile]:
         )
     plain: dict[str, str] = {}
     for file in files:
-        name = file.path.removesuffix(".gz").removesuffix(".zst")
+        name = plain_name(file.path)
         if name in plain:
             raise DataError(f"{file.path} and {plain[name]} are one file in two forms; remove one of them")
         plain[name] = file.path
     return files
+
+
+def plain_name(path: str) -> str:
+    """Path of a corpus file as if it were plain JSON lines: a.jsonl for a.jsonl.gz, a.jsonl.zst and a.parquet."""
+    if path.endswith(parquet.SUFFIX):
+        return path.removesuffix(parquet.SUFFIX) + ".jsonl"
+    return path.removesuffix(".gz").removesuffix(".zst")
 
 
 def shard_of(path: str, split: str) -> str:
@@ -110,22 +129,50 @@ def shard_of(path: str, split: str) -> str:
     return below.split("/")[0] if "/" in below else ""
 
 
-def read_file(root: str, path: str, *, max_bad_lines: int, counts: ReadCounts) -> Iterator[Document]:
-    """Stream the documents of one file, counting into `counts`.
+def read_lines(uri: str) -> Iterator[bytes]:
+    """Stream the lines of a plain, .gz or .zst file, each with its line end; the last one may lack it.
 
     Raises:
-        DataError: When more lines are bad than `max_bad_lines`, with file and line; or the file is damaged.
+        DataError: If a packed file is cut short or damaged, or not packed as its name says; a line is longer than
+            256 MiB; or the file was changed in place meanwhile.
+        StorageError: If the file is not there or cannot be read.
     """
+    import zstandard
+
+    with _open_unchanged(uri) as raw:
+        try:
+            lines = iter(partial(_unpacked(raw, uri).readline, _MAX_LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) > _MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{uri}, line {number}: longer than {_MAX_LINE_BYTES} bytes; expected one JSON object a line"
+                    )
+                yield line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise DataError(f"{uri} is cut short or damaged: {error}") from error
+
+
+def read_file(root: str, path: str, *, max_bad_lines: int, counts: ReadCounts) -> Iterator[Document]:
+    """Stream the documents of one file, counting into `counts`; an empty file has none.
+
+    Raises:
+        ConfigError: For a Parquet file where pyarrow is not installed.
+        DataError: When more lines are bad than `max_bad_lines`, with file and line; or the file is damaged, or was
+            changed in place while it was read.
+        StorageError: If the file is not there (any more) or cannot be read.
+    """
+    uri = storage.join(root, path)
+    in_rows = path.endswith(parquet.SUFFIX)
+    unit, wanted = ("row", "a text") if in_rows else ("line", "JSON with a text")
     bad = 0
-    for number, line in enumerate(_lines(storage.join(root, path))):
-        text = _text_of(line)
+    for number, text in enumerate(_rows(uri) if in_rows else map(_text_of, read_lines(uri))):
         if text is None:
             bad += 1
-            counts.skip("not JSON with a text")
+            counts.skip(f"not {wanted}")
             if bad > max_bad_lines:
                 raise DataError(
-                    f"{storage.join(root, path)}, line {number + 1}: not JSON with a text field; "
-                    f"{bad} bad lines are more than corpus.max_bad_lines={max_bad_lines}"
+                    f"{uri}, {unit} {number + 1}: not {wanted}{'' if in_rows else ' field'}; "
+                    f"{bad} bad {unit}s are more than corpus.max_bad_lines={max_bad_lines}"
                 )
         elif not text.strip():
             counts.skip("empty text")
@@ -149,17 +196,60 @@ def _text_of(line: bytes) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _lines(uri: str) -> Iterator[bytes]:
-    import zstandard
+def _rows(uri: str) -> Iterator[str | None]:
+    with _open_seekable(uri) as file:
+        yield from parquet.read_texts(file, uri, "text")
 
-    with storage.open_read(uri) as raw:
+
+@contextlib.contextmanager
+def _open_unchanged(uri: str) -> Iterator[BinaryIO]:
+    """Open for reading to the end; a local file that was written to meanwhile is an error, in S3 a read is of one
+    version.
+    """
+    with storage.open_read(uri) as file:
+        before = None if storage.is_s3(uri) else os.fstat(file.fileno())
         try:
-            yield from _decompressed(raw, uri)
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{uri} is cut short or damaged: {error}") from error
+            yield file
+        except (StorageError, gzip.BadGzipFile):
+            raise
+        except OSError as error:  # a disk or a mount that fails under the open file
+            raise StorageError(f"{uri} cannot be read to its end: {error}") from error
+        if before is not None:
+            after = os.fstat(file.fileno())
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise DataError(
+                    f"{uri} was changed while it was read ({before.st_size} bytes before, {after.st_size} after); "
+                    "run again when nothing writes to the corpus"
+                )
 
 
-def _decompressed(raw: BinaryIO, uri: str) -> Iterable[bytes]:
+@contextlib.contextmanager
+def _open_seekable(uri: str) -> Iterator[BinaryIO]:
+    """Open for reads at any place: an S3 object by way of a file on this machine, as large as the object."""
+    if not storage.is_s3(uri):
+        with _open_unchanged(uri) as file:
+            yield file
+        return
+    with _fetched(uri) as file:
+        yield file
+
+
+def _fetched(uri: str) -> BinaryIO:
+    """The content of an object in a file that has no name any more: a killed process leaves nothing behind."""
+    folder, _, name = uri.rpartition("/")
+    scratch = os.environ.get("CBTM_SCRATCH") or tempfile.gettempdir()
+    try:
+        os.makedirs(scratch, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="cbtm-", dir=scratch) as temporary:
+            storage.download(folder, Path(temporary), [name])
+            return Path(temporary, name).open("rb")
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write below {scratch}: {error}; set CBTM_SCRATCH to a folder with room") from error
+
+
+def _unpacked(raw: BinaryIO, uri: str) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
     if uri.endswith(".gz"):
         return gzip.open(raw)
     if uri.endswith(".zst"):

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
-    {"errors", "config", "storage", "manifest", "corpus", "plan", "tokens", "progress", "process", "tracking"},
+    {
+        *("errors", "config", "storage", "manifest", "corpus", "parquet"),
+        *("plan", "tokens", "progress", "process", "tracking"),
+    },
     {"cluster"},
     {"branch"},
     {"train"},

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import struct
@@ -11,8 +12,18 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from cbtm import storage
-from cbtm.corpus import CorpusConfig, Document, ReadCounts, list_split, read_file, read_files, shard_of
+from cbtm import corpus, storage
+from cbtm.corpus import (
+    CorpusConfig,
+    Document,
+    ReadCounts,
+    list_split,
+    plain_name,
+    read_file,
+    read_files,
+    read_lines,
+    shard_of,
+)
 from cbtm.errors import ConfigError, DataError, StorageError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -133,6 +144,107 @@ def test_counts_add_up():
     assert counts == ReadCounts(documents=3, skipped={"a": 3, "b": 1})
 
 
+# --- what writers of JSON lines do ---
+
+UNUSUAL = {
+    "an escaped surrogate pair is one character": (rb'{"text": "\ud83c\udf88"}', "🎈"),
+    "half a surrogate pair is no text": (rb'{"text": "\ud83c"}', None),
+    "the other half neither": (rb'{"text": "\udf88 x"}', None),
+    "nor one that was encoded": (b'{"text": "\xed\xa0\xbc"}', None),
+    "Latin-1 is not UTF-8": ('{"text": "é"}'.encode("latin-1"), None),
+    "a carriage return ends no text": (b'{"text": "x"}\r', "x"),
+    "NUL may be escaped": (rb'{"text": "a\u0000b"}', "a\x00b"),
+    "NUL as such is no JSON": (b'{"text": "a\x00b"}', None),
+    "nor after the object": (b'{"text": "a"}\x00\x00', None),
+    "the last of equal keys holds": (b'{"text": "first", "text": "last"}', "last"),
+    "deep nesting is refused": (b'{"text": "x", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+}
+
+
+@pytest.mark.parametrize(("raw", "text"), UNUSUAL.values(), ids=UNUSUAL)
+def test_an_unusual_line_is_read_or_counted(tmp_path: Path, raw: bytes, text: str | None):
+    (tmp_path / "a.jsonl").write_bytes(raw + b"\n" + line("next"))
+    documents, counts = read(str(tmp_path), "a.jsonl")
+    assert [document.text for document in documents] == [*([] if text is None else [text]), "next"]
+    assert counts.skipped == ({"not JSON with a text": 1} if text is None else {})
+    assert all(document.text.encode() for document in documents)  # whatever is read can be written
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_byte_order_mark_at_the_start_of_a_file_is_no_part_of_the_line(tmp_path: Path, suffix: str):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(PACK[suffix](mark + line("one") + mark + line("two")))
+    documents, counts = read(str(tmp_path), f"a.jsonl{suffix}")
+    assert documents == [Document(f"a.jsonl{suffix}|0", "one")]
+    assert counts.skipped == {"not JSON with a text": 1}  # within a file it is not one
+
+
+def test_windows_line_ends_change_nothing(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes((line("one\r\n") + line("two")).replace(b"\n", b"\r\n"))
+    assert read(str(tmp_path), "a.jsonl")[0] == [Document("a.jsonl|0", "one\r\n"), Document("a.jsonl|1", "two")]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_empty_file_has_no_documents(root: str, suffix: str, packed: bool):
+    storage.write_bytes(f"{root}/a.jsonl{suffix}", PACK[suffix](b"") if packed else b"")
+    assert read(root, f"a.jsonl{suffix}") == ([], ReadCounts())
+
+
+def test_a_line_that_memory_may_not_hold_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(corpus, "_MAX_LINE_BYTES", len(line("12345")))
+    (tmp_path / "a.jsonl").write_bytes(line("12345") * 2)
+    assert len(read(str(tmp_path), "a.jsonl")[0]) == 2
+    (tmp_path / "a.jsonl").write_bytes(line("12345") + line("123456"))
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}/a\.jsonl, line 2: longer than 18 bytes; expected one JSON object"
+    ):
+        read(str(tmp_path), "a.jsonl")  # {"text": "12345"} and a line end: 10 + 5 + 2 + 1 = 18
+
+
+# --- files that change ---
+
+
+def test_a_file_that_goes_between_listing_and_reading_is_named(root: str):
+    storage.write_bytes(f"{root}/train/0/a.jsonl", line("x"))
+    (file,) = list_split(root, "train")
+    storage.delete(root, [file.path])
+    with pytest.raises(StorageError, match=rf"{root}/train/0/a\.jsonl.* is not there"):
+        read(root, file.path)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_file_that_goes_while_it_is_read_is_read_to_its_old_end(root: str, change: str):
+    lines = long_text(20_000)
+    storage.write_bytes(f"{root}/a.jsonl", lines)
+    reader = read_lines(f"{root}/a.jsonl")
+    first = next(reader)
+    if change == "removed":
+        storage.delete(root, ["a.jsonl"])
+    else:
+        storage.write_bytes(f"{root}/a.jsonl", line("new"))
+    assert first + b"".join(reader) == lines
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("change", ["cut", "longer", "overwritten"])
+def test_a_file_that_is_written_to_while_it_is_read_is_an_error(tmp_path: Path, suffix: str, change: str):
+    path, packed = tmp_path / f"a.jsonl{suffix}", PACK[suffix](long_text(20_000))
+    path.write_bytes(packed)
+    os.utime(path, ns=(0, 0))
+    reader = read_lines(str(path))
+    next(reader)
+    if change == "cut":
+        os.truncate(path, len(packed) // 2)
+    else:
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END if change == "longer" else os.SEEK_SET)
+            file.write(PACK[suffix](line("more")) if change == "longer" else packed[:1])
+    expected = rf"{path} (was changed while it was read \({len(packed)} bytes before|is cut short or damaged)"
+    with pytest.raises(DataError, match=expected):
+        list(reader)
+
+
 # --- damage ---
 
 
@@ -216,6 +328,18 @@ def test_a_split_without_files_is_an_error_with_the_layout_and_the_way_out(root:
     expected = rf"no corpus files below {root}/train; expected <shard>/<name> .*\.jsonl\.zst.*cbtm corpus import"
     with pytest.raises(DataError, match=expected):
         list_split(root, "train")
+
+
+@pytest.mark.parametrize("twin", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_one_file_in_two_forms_is_refused(root: str, twin: str):
+    for name in ("a.jsonl", twin):
+        storage.write_bytes(f"{root}/train/0/{name}", b"")
+    with pytest.raises(DataError, match=rf"^train/0/{twin} and train/0/a\.jsonl are one file in two forms; remove one"):
+        list_split(root, "train")
+
+
+def test_the_plain_name_is_that_of_json_lines():
+    assert {plain_name(f"train/0/a.b{suffix}") for suffix in corpus.SUFFIXES} == {"train/0/a.b.jsonl"}
 
 
 def test_the_shard_is_the_first_folder_below_the_split():
