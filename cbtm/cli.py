@@ -125,7 +125,67 @@ def cluster(config: ConfigArgument, override: SetOption = None) -> None:
 
     this = _run(config, override)
     stages.plan(this)
+    if this.config.cluster.needs_tokens:
+        stages.tokenizer(this)
     stages.cluster(this)
+
+
+@app.command(name="suggest-k")
+def suggest_k(
+    config: ConfigArgument,
+    override: SetOption = None,
+    k: Annotated[str, typer.Option(help="Numbers of clusters to try.")] = "2,4,8,16,32",
+    repeats: Annotated[int, typer.Option(help="Fits of each, on other samples.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+) -> None:
+    """Fit several numbers of clusters; show inertia, balance and stability side by side."""
+    import json
+
+    from cbtm import storage
+    from cbtm.cluster.selection import candidates_json, format_candidates, suggest
+    from cbtm.run import load_config
+    from cbtm.stages.explore import suggest_k
+
+    candidates = suggest_k(load_config(config, override), _numbers(k), repeats=repeats)
+    suggested = suggest(candidates)
+    typer.echo(format_candidates(candidates, suggested))
+    if output is not None:
+        storage.write_bytes(str(output), json.dumps(candidates_json(candidates, suggested), indent=1).encode())
+
+
+@app.command()
+def drift(
+    clusterer: Annotated[str, typer.Argument(help="Folder or s3:// prefix of the clusterer.")],
+    corpus: Annotated[str, typer.Argument(help="Root of the corpus with the new documents.")],
+    split: Annotated[str, typer.Option(help="Split of the corpus.")] = "train",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write as well.")] = None,
+) -> None:
+    """Say how far new documents lie from the domains, compared with the documents of the fit."""
+    import json
+    import tempfile
+
+    from cbtm import storage
+    from cbtm.cluster.drift import format_drift
+    from cbtm.stages.explore import drift
+
+    with tempfile.TemporaryDirectory() as scratch:
+        report = drift(clusterer, corpus, split, Path(scratch))
+    typer.echo(format_drift(report))
+    if output is not None:
+        storage.write_bytes(str(output), json.dumps(report.to_json(), indent=1).encode())
+
+
+@app.command(name="import-clusterer")
+def import_clusterer(
+    tfidf: Annotated[Path, typer.Argument(help="tfidf.pkl of the reference code.")],
+    kmeans: Annotated[Path, typer.Argument(help="kmeans.pkl of the reference code.")],
+    folder: Annotated[Path, typer.Argument(help="Clusterer folder to write; for cluster.path.")],
+) -> None:
+    """Turn a published clusterer into JSON and safetensors; nothing in its pickles is ever run."""
+    from cbtm.cluster.published import import_clusterer
+
+    facts = import_clusterer(tfidf, kmeans, folder)
+    typer.echo(f"{folder} clusters={facts['n_clusters']} dimensions={facts['n_components']} words={facts['words']}")
 
 
 @app.command()
@@ -247,6 +307,13 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     for problem in report.problems:
         typer.echo(problem, err=True)
     raise typer.Exit(0 if report.records_left == 0 else 1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--k {text} is no list of numbers; write it as 2,4,8") from None
 
 
 def _run(config: Path, override: list[str] | None) -> "Run":

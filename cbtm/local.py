@@ -6,7 +6,6 @@ process follows that file and shows one line of progress on a terminal, and litt
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from cbtm import stages, storage
 from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
+from cbtm.process import end_with_parent
 from cbtm.progress import PREFIX
 from cbtm.run import Run
 from cbtm.stages.tracked import finish_parent
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 COMPILED = "compiled/cbtm.yaml"
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _STAGE_DONE = re.compile(r"stage=(\S+) root=(\S+) (files=\d+ done|up to date)")
 
 
@@ -219,8 +218,7 @@ def _reason(log: Path) -> str:
 def _stop_with_parent() -> None:
     """End this session's tasks with this process, and this process with the one that started it, however it ends."""
     signal.signal(signal.SIGTERM, _stop_session)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
 
 
 def _stop_session(*_: object) -> None:

@@ -1,7 +1,9 @@
 """A stage as a process of its own, as it runs in a pod, in a container or under kfp.local."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,8 @@ from contextlib import contextmanager
 from cbtm.errors import CbtmError
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class _LineFormatter(logging.Formatter):
@@ -38,3 +42,9 @@ def stage_process() -> Iterator[None]:
     except CbtmError as error:
         logger.error("%s", error)
         sys.exit(error.exit_code)
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it ends, however that ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -17,7 +17,8 @@ from cbtm import manifest as manifests
 from cbtm import storage
 from cbtm.branch.tokenizer import TokenizerConfig
 from cbtm.cluster.assigner import LEARNED, RANDOM, AssignConfig, token_shard
-from cbtm.cluster.clusterer import ClusterConfig
+from cbtm.cluster.config import ClusterConfig
+from cbtm.cluster.fixed import FixedAssignments
 from cbtm.config import Config, apply_overrides, digest_of, parse_text, read_file
 from cbtm.corpus import CorpusConfig, Document, ReadCounts, read_files
 from cbtm.errors import ConfigError, ManifestError
@@ -215,8 +216,15 @@ class Run:
 
     def cluster_spec(self) -> StageSpec:
         """Identity of the clusterer."""
+        config = self.config.cluster
         inputs = {"corpus": self.plan_made.digest("train")}
-        return StageSpec("cluster", self.uri("clusterer"), self.config.cluster.digest(), inputs)
+        if config.path is not None:
+            inputs["given"] = _folder_digest(config.path)
+        if (fixed := self.fixed_assignments) is not None:
+            inputs["assignments"] = fixed.digest(self.paths("train"))
+        if config.needs_tokens:
+            inputs["tokenizer"] = self.load(self.tokenizer_spec()).digest
+        return StageSpec("cluster", self.uri("clusterer"), config.digest(), inputs)
 
     def assign_spec(self, group: str) -> StageSpec:
         """Identity of one shard group's assignment and token shards."""
@@ -225,7 +233,7 @@ class Run:
             "clusterer": self.load(self.cluster_spec()).digest,
             "tokenizer": self.load(self.tokenizer_spec()).digest,
         }
-        digest = digest_of(self.config.assign.model_dump(mode="json", exclude={"max_groups"}))
+        digest = digest_of(self.config.assign.model_dump(mode="json", exclude={"max_groups", "processes"}))
         return StageSpec("assign", self.config.root, digest, inputs, f"manifests/assign/{group}.json")
 
     def train_spec(self, member: Member) -> StageSpec:
@@ -321,13 +329,22 @@ class Run:
                 numbers.append(np.full(counts["documents"], cluster, dtype=np.int64))
         return TokenDocuments(shards), np.concatenate(numbers)
 
+    @property
+    def fixed_assignments(self) -> FixedAssignments | None:
+        """The clusters that the user gave the training documents, if so."""
+        root = self.config.cluster.assignments
+        return None if root is None else FixedAssignments(root, n_clusters=self.config.cluster.n_clusters)
+
+    def paths(self, part: Part) -> list[str]:
+        """Corpus files of one part, relative to the corpus root."""
+        return [path for group in self.plan_made.part(part) for path in group.paths]
+
     def documents(self, part: Part, counts: ReadCounts | None = None) -> Iterator[Document]:
         """Stream the text of one part of the corpus."""
-        paths = [path for group in self.plan_made.part(part) for path in group.paths]
         corpus = self.config.corpus
         return read_files(
             corpus.root,
-            paths,
+            self.paths(part),
             max_bad_lines=corpus.max_bad_lines,
             counts=counts if counts is not None else ReadCounts(),
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cbtm.errors import DataError
 
 TOKENS, OFFSETS, DOCUMENTS = ".tokens.npy", ".offsets.npy", ".documents.jsonl"
+_UNFINISHED = 1 << 60  # length in the headers of a shard that is being written: no file is that long
 
 
 class Encoder(Protocol):
@@ -45,17 +46,18 @@ class DocumentRecord:
 
 
 class TokenShardWriter:
-    """Streams documents into one shard; memory does not grow with the tokens."""
+    """Streams documents into one shard; memory grows neither with the tokens nor with the documents."""
 
     def __init__(self, folder: Path, stem: str, *, vocab_size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._stem = folder, stem
         self._dtype, self._vocab_size = token_dtype(vocab_size), vocab_size
-        self._offsets: list[int] = [0]
-        self._n_bytes = 0
+        self._n_documents = self._n_tokens = self._n_bytes = 0
         self._tokens: IO[bytes] = (folder / f"{stem}{TOKENS}").open("wb")
+        self._offsets: IO[bytes] = (folder / f"{stem}{OFFSETS}").open("wb")
         self._documents: IO[bytes] = (folder / f"{stem}{DOCUMENTS}").open("wb")
-        self._write_header()
+        self._write_headers(_UNFINISHED, _UNFINISHED)
+        self._offsets.write(bytes(8))
 
     def add(self, record: DocumentRecord, tokens: NDArray[np.integer[Any]]) -> None:
         """Append one document, its separator included.
@@ -68,27 +70,33 @@ class TokenShardWriter:
                 f"{record.sp_id}: token ids {tokens.min()} to {tokens.max()} do not fit vocab_size={self._vocab_size}"
             )
         self._tokens.write(tokens.astype(self._dtype, copy=False).tobytes())
-        self._offsets.append(self._offsets[-1] + len(tokens))
         self._documents.write(orjson.dumps({"sp_id": record.sp_id, "bytes": record.n_bytes}) + b"\n")
+        self._n_documents += 1
+        self._n_tokens += len(tokens)
         self._n_bytes += record.n_bytes
+        self._offsets.write(self._n_tokens.to_bytes(8, "little"))
 
     @property
     def counts(self) -> dict[str, int]:
         """Documents, tokens (separators included) and bytes of text so far."""
-        return {"documents": len(self._offsets) - 1, "tokens": self._offsets[-1], "bytes": self._n_bytes}
+        return {"documents": self._n_documents, "tokens": self._n_tokens, "bytes": self._n_bytes}
 
     def close(self) -> None:
         """Finish the files."""
         self._tokens.seek(0)
-        self._write_header()
-        self._tokens.close()
-        self._documents.close()
-        np.save(self._folder / f"{self._stem}{OFFSETS}", np.asarray(self._offsets, dtype=np.int64))
+        self._offsets.seek(0)
+        self._write_headers(self._n_tokens, self._n_documents + 1)
+        self._close_files()
 
-    def _write_header(self) -> None:
+    def _close_files(self) -> None:
+        for file in (self._tokens, self._offsets, self._documents):
+            file.close()
+
+    def _write_headers(self, n_tokens: int, n_offsets: int) -> None:
         # numpy pads the header for a growing first axis, so the final length fits where the first one stood.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._offsets[-1],)}
-        np.lib.format.write_array_header_1_0(self._tokens, header)
+        for file, dtype, length in ((self._tokens, self._dtype.str, n_tokens), (self._offsets, "<i8", n_offsets)):
+            header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
+            np.lib.format.write_array_header_1_0(file, header)
 
     def __enter__(self) -> Self:
         return self
@@ -97,8 +105,7 @@ class TokenShardWriter:
         if kind is None:
             self.close()
         else:
-            self._tokens.close()
-            self._documents.close()
+            self._close_files()
 
 
 class TokenDocuments:
@@ -114,7 +121,7 @@ class TokenDocuments:
     def __init__(self, shards: Sequence[tuple[Path, str]]) -> None:
         self._shards = list(shards)
         self._tokens = [_array(folder / f"{stem}{TOKENS}", mmap_mode="r") for folder, stem in shards]
-        self._offsets = [_array(folder / f"{stem}{OFFSETS}") for folder, stem in shards]
+        self._offsets = [_array(folder / f"{stem}{OFFSETS}", mmap_mode="r") for folder, stem in shards]
         for (folder, stem), tokens, offsets in zip(shards, self._tokens, self._offsets, strict=True):
             if offsets[-1] != len(tokens):
                 raise DataError(f"{folder / stem}: {len(tokens)} tokens but the last document ends at {offsets[-1]}")
@@ -159,14 +166,13 @@ class TokenDocuments:
         """Tokens of each document, separator included; shape (n_documents,)."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets] or [np.empty(0, np.int64)])
 
-    def records(self) -> list[DocumentRecord]:
+    def records(self) -> Iterator[DocumentRecord]:
         """Identity and size of each document, in order."""
-        records = []
         for folder, stem in self._shards:
-            for line in (folder / f"{stem}{DOCUMENTS}").read_bytes().splitlines():
-                values = orjson.loads(line)
-                records.append(DocumentRecord(values["sp_id"], values["bytes"]))
-        return records
+            with (folder / f"{stem}{DOCUMENTS}").open("rb") as lines:
+                for line in lines:
+                    values = orjson.loads(line)
+                    yield DocumentRecord(values["sp_id"], values["bytes"])
 
 
 def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 Two loops: over shard groups, and over the models that branch from the seed. Each loop is a pipeline of its own
 that receives its items as a parameter, because kfp.local resolves only those at the top level.
 
-    plan ─▶ tokenizer, clusterer ─▶ assign[group] ─▶ seed ─▶ train[member] ─▶ score[member] ─▶ evaluate
+    plan ─▶ tokenizer ─▶ clusterer ─▶ assign[group] ─▶ seed ─▶ train[member] ─▶ score[member] ─▶ evaluate
 """
 
 from typing import List  # noqa: UP035 - KFP reads the annotations
@@ -45,8 +45,9 @@ def cbtm(config: str) -> None:
     """
     plan = plan_run(config=config).set_caching_options(False)
     tokenizer = build_tokenizer(config=config).set_caching_options(False).after(plan)
-    clusterer = fit_clusterer(config=config).set_caching_options(False).after(plan)
-    assigned = assign_groups(config=config, groups=plan.outputs["groups"]).after(tokenizer, clusterer)
+    # Clusters may be balanced by tokens.
+    clusterer = fit_clusterer(config=config).set_caching_options(False).after(tokenizer)
+    assigned = assign_groups(config=config, groups=plan.outputs["groups"]).after(clusterer)
     seed = train_expert(config=config, member=SEED).set_caching_options(False).after(assigned)
     seed_scores = score_expert(config=config, member=SEED).set_caching_options(False).after(seed)
     experts = train_and_score(config=config, members=plan.outputs["members"]).after(seed)

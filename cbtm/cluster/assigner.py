@@ -1,14 +1,23 @@
 """The assigner stage: every document of a shard group to its cluster, as id lines and as token shards.
 
-Assignment is greedy, to the nearest centre, as in the paper. For the control experiment the same pass also deals
-the training documents to random clusters: a stored partition, drawn once from a seed, equal in size to within one
-document in every file.
+Two steps. First each corpus file becomes a *part*: its documents in reading order, tokenised, with their clusters.
+Files are independent, so several processes share them, and one that is finished stays finished: an assigner that is
+killed goes on at the next file. Then the parts are dealt out to one token shard for each cluster. Neither step
+holds more than a batch of documents in memory.
+
+For the control experiment the same pass also deals the training documents to random clusters: a stored partition,
+drawn once from a seed, equal in size to within one document in every file.
 """
 
 import contextlib
 import itertools
+import json
+import multiprocessing
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +26,23 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import Field
 
+from cbtm import storage
 from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.fixed import NO_ASSIGNMENT, FixedAssignments
+from cbtm.cluster.labelling import Labeller, Method
 from cbtm.config import Config
-from cbtm.corpus import CorpusConfig, Document, ReadCounts, read_file
+from cbtm.corpus import CorpusConfig, Document, ReadCounts, plain_name, read_file
 from cbtm.errors import DataError
-from cbtm.plan import ShardGroup
-from cbtm.tokens import DocumentRecord, Encoder, TokenShardWriter
+from cbtm.plan import PlannedFile, ShardGroup
+from cbtm.process import end_with_parent
+from cbtm.progress import Progress, progress
+from cbtm.tokens import DocumentRecord, Encoder, TokenDocuments, TokenShardWriter
 
 LEARNED, RANDOM = "learned", "random"
-_BATCH = 1000  # documents embedded and tokenised at once
+Tools = Callable[[], tuple[Clusterer, Encoder]]
+
+_PART, _CLUSTERS, _COUNTS = "part", "clusters.i4", "counts.json"
+_OPEN_SHARDS = 200  # token shards written at once: three open files each
 
 
 class AssignConfig(Config):
@@ -33,19 +50,24 @@ class AssignConfig(Config):
 
     Attributes:
         max_groups: Most shard groups of one split, each a task of its own.
+        processes: Processes that share the files of a group. One process tokenises on all cores already; several
+            pay off on many cores and many files.
+        method: nearest gives each document the nearest centre, as in the paper. balanced-documents and
+            balanced-tokens give each cluster equally much of every few thousand training documents.
         random_clusters: Also deal the training documents to random clusters, for the control experiment.
         random_state: Seed of the random clusters.
     """
 
     max_groups: int = Field(default=16, ge=1)
+    processes: int = Field(default=1, ge=1)
+    method: Method = "nearest"
     random_clusters: bool = True
     random_state: int = Field(default=0, ge=0)
 
 
 def assignment_path(corpus_path: str) -> str:
     """Path of the assignment lines of one corpus file: same place, plain .jsonl."""
-    stem = corpus_path.removesuffix(".gz").removesuffix(".zst")
-    return f"assignments/{stem}"
+    return f"assignments/{plain_name(corpus_path)}"
 
 
 def token_shard(partition: str, split: str, cluster: int, group: str) -> tuple[str, str]:
@@ -57,56 +79,228 @@ def assign_group(
     config: AssignConfig,
     corpus: CorpusConfig,
     group: ShardGroup,
-    clusterer: Clusterer,
-    tokenizer: Encoder,
+    tools: Tools,
     folder: Path,
+    *,
+    scratch: Path,
+    fixed: FixedAssignments | None = None,
 ) -> dict[str, Any]:
     """Assign one shard group and write its lines and token shards below `folder`.
 
+    Args:
+        config: Settings.
+        corpus: Where the text lies.
+        group: The files to assign.
+        tools: Opens the clusterer and the tokenizer; to be pickled where there are several processes.
+        folder: Folder to write.
+        scratch: Folder for the parts. What is there already from a killed run of the same work is not done again.
+        fixed: Given clusters of the training documents.
+
     Returns:
-        Accounting: documents read, skipped by reason, and for each partition the documents, tokens and bytes of
-        every cluster.
+        Accounting: documents read, skipped by reason, documents without a known word, and for each partition the
+        documents, tokens and bytes of every cluster.
 
     Raises:
         DataError: If the group holds no document, or too many unreadable lines.
     """
-    partitions = [LEARNED]
-    if config.random_clusters and group.part == "train":
-        partitions.append(RANDOM)
+    work = _Work(config, corpus, group, folder, scratch, fixed if group.part == "train" else None)
+    todo = [number for number in range(len(group.files)) if work.counts(number) is None]
+    done = len(group.files) - len(todo)
+    with progress(f"assign:{group.name}", "files") as shown:
+        if len(todo) > 1 and config.processes > 1:
+            _share(work, tools, todo, shown, done)
+        elif todo:
+            assigner = _FileAssigner(work, *tools())
+            for number in todo:
+                shown.update(done, len(group.files))
+                assigner.assign(number)
+                done += 1
+    found = [part for number in range(len(group.files)) if (part := work.counts(number)) is not None]
     counts = ReadCounts()
-    with contextlib.ExitStack() as stack:
-        writers = {
-            (partition, cluster): stack.enter_context(_writer(folder, partition, group, cluster, tokenizer))
-            for partition in partitions
-            for cluster in range(clusterer.n_clusters)
-        }
-        for path in group.paths:
-            dealer = _deal(config.random_state, path, clusterer.n_clusters)
-            lines = folder / assignment_path(path)
-            lines.parent.mkdir(parents=True, exist_ok=True)
-            with lines.open("wb") as out:
-                documents = read_file(corpus.root, path, max_bad_lines=corpus.max_bad_lines, counts=counts)
-                for batch in _batches(documents):
-                    labels = clusterer.predict([document.text for document in batch])
-                    tokens = tokenizer.encode_batch([document.text for document in batch])
-                    for document, label, row in zip(batch, labels.tolist(), tokens, strict=True):
-                        out.write(orjson.dumps({"sp_id": document.sp_id, "cluster": label}) + b"\n")
-                        record = DocumentRecord(document.sp_id, len(document.text.encode()))
-                        writers[LEARNED, label].add(record, row)
-                        if RANDOM in partitions:
-                            writers[RANDOM, next(dealer)].add(record, row)
-        clusters = {
-            partition: [writers[partition, cluster].counts for cluster in range(clusterer.n_clusters)]
-            for partition in partitions
-        }
+    for part in found:
+        counts.add(ReadCounts(part["documents"], part["skipped"]))
     if counts.documents == 0:
-        raise DataError(f"the files of shard group {group.name} hold no document: {', '.join(group.paths)}")
-    return {"documents": counts.documents, "skipped": counts.skipped, "clusters": clusters}
+        raise DataError(
+            f"the files of shard group {group.name} hold no document{_reasons(counts)}: {', '.join(group.paths)}"
+        )
+    return {
+        "documents": counts.documents,
+        "skipped": counts.skipped,
+        "without_words": sum(part["without_words"] for part in found),
+        "clusters": work.deal(found[0]["n_clusters"], found[0]["vocab_size"]),
+    }
 
 
-def _writer(folder: Path, partition: str, group: ShardGroup, cluster: int, tokenizer: Encoder) -> TokenShardWriter:
-    below, stem = token_shard(partition, group.split, cluster, group.name)
-    return TokenShardWriter(folder / below, stem, vocab_size=tokenizer.vocab_size)
+@dataclass(frozen=True)
+class _Work:
+    """One group to assign; small, so that every process can have it."""
+
+    config: AssignConfig
+    corpus: CorpusConfig
+    group: ShardGroup
+    folder: Path
+    scratch: Path
+    fixed: FixedAssignments | None
+
+    @property
+    def partitions(self) -> list[str]:
+        with_random = self.config.random_clusters and self.group.part == "train"
+        return [LEARNED, RANDOM] if with_random else [LEARNED]
+
+    def part(self, number: int) -> Path:
+        return self.scratch / f"{number:05d}"
+
+    def counts(self, number: int) -> dict[str, Any] | None:
+        """What a finished part says of itself, None if it is not finished."""
+        path = self.part(number) / _COUNTS
+        if not path.is_file():
+            return None
+        counts: dict[str, Any] = json.loads(path.read_text())
+        return counts if counts["file"] == _identity(self.group.files[number]) else None
+
+    def deal(self, n_clusters: int, vocab_size: int) -> dict[str, list[dict[str, int]]]:
+        """Write the token shards of all clusters, as many at once as files may be open."""
+        keys = [(partition, cluster) for partition in self.partitions for cluster in range(n_clusters)]
+        counts: dict[str, list[dict[str, int]]] = {partition: [] for partition in self.partitions}
+        for start in range(0, len(keys), _OPEN_SHARDS):
+            some = keys[start : start + _OPEN_SHARDS]
+            with contextlib.ExitStack() as stack:
+                writers = {key: stack.enter_context(self._writer(*key, vocab_size)) for key in some}
+                for number in range(len(self.group.files)):
+                    self._deal_part(number, writers)
+            for partition, cluster in some:
+                counts[partition].append(writers[partition, cluster].counts)
+        return counts
+
+    def _deal_part(self, number: int, writers: Mapping[tuple[str, int], TokenShardWriter]) -> None:
+        part = TokenDocuments([(self.part(number), _PART)])
+        if part.n_documents == 0:
+            return
+        clusters = np.memmap(self.part(number) / _CLUSTERS, dtype=np.int32, mode="r")
+        rows = clusters.reshape(part.n_documents, len(self.partitions))
+        for record, tokens, row in zip(part.records(), part.documents(), rows, strict=True):
+            for key in zip(self.partitions, row.tolist(), strict=True):
+                if (writer := writers.get(key)) is not None:
+                    writer.add(record, tokens)
+
+    def _writer(self, partition: str, cluster: int, vocab_size: int) -> TokenShardWriter:
+        below, stem = token_shard(partition, self.group.split, cluster, self.group.name)
+        return TokenShardWriter(self.folder / below, stem, vocab_size=vocab_size)
+
+
+class _FileAssigner:
+    """Makes parts, in one process."""
+
+    def __init__(self, work: _Work, clusterer: Clusterer, encoder: Encoder) -> None:
+        self._work, self._clusterer, self._encoder = work, clusterer, encoder
+
+    def assign(self, number: int) -> None:
+        """Make the part of one corpus file; `counts.json` is written last."""
+        work, file = self._work, self._work.group.files[number]
+        part, lines = work.part(number), work.folder / assignment_path(file.path)
+        for folder in (part, lines.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        method = work.config.method if work.group.part == "train" else "nearest"
+        labeller, counts = Labeller(self._clusterer, method), ReadCounts()
+        dealer = _deal(work.config.random_state, file.path, self._clusterer.n_clusters)
+        with (
+            TokenShardWriter(part, _PART, vocab_size=self._encoder.vocab_size) as writer,
+            (part / _CLUSTERS).open("wb") as clusters,
+            lines.open("wb") as out,
+        ):
+            for batch, labels, tokens in self._batches(file.path, labeller, counts):
+                out.write(b"".join(_line(*pair) for pair in zip(batch, labels.tolist(), strict=True)))
+                columns = [labels]
+                if RANDOM in work.partitions:
+                    columns.append(np.fromiter(dealer, dtype=np.int32, count=len(batch)))
+                clusters.write(np.stack(columns, axis=1).astype(np.int32).tobytes())
+                for document, row in zip(batch, tokens, strict=True):
+                    writer.add(DocumentRecord(document.sp_id, len(document.text.encode())), row)
+        content = {
+            "file": _identity(file),
+            "documents": counts.documents,
+            "skipped": counts.skipped,
+            "without_words": labeller.without_words,
+            "n_clusters": self._clusterer.n_clusters,
+            "vocab_size": self._encoder.vocab_size,
+        }
+        storage.write_bytes(str(part / _COUNTS), json.dumps(content).encode())
+
+    def _batches(
+        self, path: str, labeller: Labeller, counts: ReadCounts
+    ) -> Iterator[tuple[list[Document], NDArray[np.int32], list[NDArray[np.int64]]]]:
+        """Documents of one file with their clusters and tokens."""
+        corpus, fixed = self._work.corpus, self._work.fixed
+        documents = read_file(corpus.root, path, max_bad_lines=corpus.max_bad_lines, counts=counts)
+        given = fixed.of_file(path) if fixed is not None else None
+        if given is not None:
+            documents = _assigned(documents, given, counts)
+        while batch := list(itertools.islice(documents, labeller.batch)):
+            texts = [document.text for document in batch]
+            tokens = self._encoder.encode_batch(texts)
+            if given is not None:
+                labels = np.array([given[_number(document)] for document in batch], dtype=np.int32)
+            else:
+                labels = labeller.label(texts, np.array([len(row) for row in tokens]))
+            yield batch, labels, tokens
+
+
+def _share(work: _Work, tools: Tools, todo: list[int], shown: Progress, done: int) -> None:
+    """Assign files in several processes. After an error those under way are finished, and the others left."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP threads hangs
+    n_processes = min(work.config.processes, len(todo))
+    with ProcessPoolExecutor(n_processes, context, initializer=_begin, initargs=(work, tools)) as pool:
+        futures = [pool.submit(_assign, number) for number in todo]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                shown.update(done, len(work.group.files))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_assigner: _FileAssigner  # of a process of the pool
+
+
+def _begin(work: _Work, tools: Tools) -> None:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threadpool_limits(limits=1)
+    global _assigner
+    _assigner = _FileAssigner(work, *tools())
+
+
+def _assign(number: int) -> None:
+    _assigner.assign(number)
+
+
+def _identity(file: PlannedFile) -> list[str]:
+    return [file.path, file.digest]
+
+
+def _line(document: Document, cluster: int) -> bytes:
+    return orjson.dumps({"sp_id": document.sp_id, "cluster": cluster}) + b"\n"
+
+
+def _number(document: Document) -> int:
+    return int(document.sp_id.rpartition("|")[2])
+
+
+def _assigned(documents: Iterator[Document], given: Mapping[int, int], counts: ReadCounts) -> Iterator[Document]:
+    for document in documents:
+        if _number(document) in given:
+            yield document
+        else:
+            counts.documents -= 1
+            counts.skip(NO_ASSIGNMENT)
+
+
+def _reasons(counts: ReadCounts) -> str:
+    return f" ({', '.join(f'{n} x {reason}' for reason, n in counts.skipped.items())})" if counts.skipped else ""
 
 
 def _deal(random_state: int, path: str, n_clusters: int) -> Iterator[int]:
@@ -115,8 +309,3 @@ def _deal(random_state: int, path: str, n_clusters: int) -> Iterator[int]:
     while True:
         deck: NDArray[np.int64] = rng.permutation(n_clusters)
         yield from deck.tolist()
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
-    while batch := list(itertools.islice(documents, _BATCH)):
-        yield batch

@@ -38,9 +38,9 @@ COLOURS = {
 NAMED_DOMAINS = 24
 """Above this many domains a figure ranks them without names; each row needs 0.28 inch to stay readable."""
 
-_INK = "#010203"  # replaced by currentColor; a colour that no palette uses
+INK = "#010203"  # replaced by currentColor; a colour that no palette uses
 _DIRECTIONS = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-_WIDTH = 8.4  # inches at 72 units an inch: 605 units over a page of about 900 CSS pixels
+WIDTH = 8.4  # inches at 72 units an inch: 605 units over a page of about 900 CSS pixels
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a top term may hold a dollar sign
@@ -51,18 +51,18 @@ _STYLE: dict[str, Any] = {
     "axes.labelsize": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
     "axes.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.12,
     "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
@@ -115,7 +115,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
             axes.barh(row, min(bar.value, limit), height=0.62, color=COLOURS[bar.role])
             if bar.interval is not None and not cut:
                 below, above = (max(0.0, abs(bar.value - end)) for end in bar.interval)
-                axes.errorbar(bar.value, row, xerr=[[below], [above]], color=_INK, linewidth=1, capsize=2.5)
+                axes.errorbar(bar.value, row, xerr=[[below], [above]], color=INK, linewidth=1, capsize=2.5)
             text = format_perplexity(bar.value) + (" (bar cut)" if cut else "")
             axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center")
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
@@ -125,7 +125,7 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
         axes.set_xlim(0, limit * 1.02)
         axes.set_xlabel("perplexity (lower is better)")
 
-    return _svg("headline", label, (_WIDTH, 0.7 + 0.31 * len(bars)), draw)
+    return svg("headline", label, (WIDTH, 0.7 + 0.31 * len(bars)), draw)
 
 
 def top_k_chart(
@@ -154,9 +154,9 @@ def top_k_chart(
         axes.set_xlim(min(top_ks) / 1.25, max(top_ks) * 1.25)
         axes.set_xlabel("experts kept for a token (top-k)")
         axes.set_ylabel("perplexity")
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
 
-    return _svg("top-k", label, (_WIDTH, 3.1), draw)
+    return svg("top-k", label, (WIDTH, 3.1), draw)
 
 
 def temperature_chart(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], *, label: str) -> str:
@@ -176,7 +176,7 @@ def temperature_chart(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mappin
                 if row["distance_power"] == power:
                     ring = {"color": "none", "markeredgecolor": shades[row["top_k"]], "markersize": 10}
                     axes.plot(row["temperature"], row["perplexity"], "o", **ring)
-            axes.plot([], [], "o", color="none", markeredgecolor=_INK, markersize=9, label="chosen")
+            axes.plot([], [], "o", color="none", markeredgecolor=INK, markersize=9, label="chosen")
             _log_scale(axes.xaxis)
             axes.set_title(f"weight ∝ exp(−distance{ {2: '²', 4: '⁴'}.get(power, f'^{power:g}') } / T)")
             axes.set_xlabel("temperature T")
@@ -184,9 +184,9 @@ def temperature_chart(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mappin
         if max(values) > 4 * min(values):
             _log_scale(panels[0].yaxis)
         panels[0].set_ylabel("perplexity")
-        _legend_above(figure, panels[-1])
+        legend_above(figure, panels[-1])
 
-    return _svg("temperature", label, (_WIDTH, 3.3), draw)
+    return svg("temperature", label, (WIDTH, 3.3), draw)
 
 
 def domain_chart(rows: Sequence[Mapping[str, Any]], terms: Mapping[int, Sequence[str]], *, label: str) -> str:
@@ -201,9 +201,9 @@ def domain_chart(rows: Sequence[Mapping[str, Any]], terms: Mapping[int, Sequence
     """
     ranked = sorted(rows, key=lambda row: (row["ensemble"] / row["dense"], row["cluster"]))
     if len(ranked) > NAMED_DOMAINS:
-        return _svg("domains", label, (_WIDTH, 3.0), lambda figure: _draw_ranked_domains(figure, ranked))
-    size = (_WIDTH, 0.9 + 0.28 * len(ranked))
-    return _svg("domains", label, size, lambda figure: _draw_named_domains(figure, ranked, terms))
+        return svg("domains", label, (WIDTH, 3.0), lambda figure: _draw_ranked_domains(figure, ranked))
+    size = (WIDTH, 0.9 + 0.28 * len(ranked))
+    return svg("domains", label, size, lambda figure: _draw_named_domains(figure, ranked, terms))
 
 
 def training_chart(curves: Mapping[str, Sequence[Mapping[str, float]]], *, label: str) -> str:
@@ -226,9 +226,9 @@ def training_chart(curves: Mapping[str, Sequence[Mapping[str, float]]], *, label
             axes.set_xlabel("step")
             if not seed:
                 axes.set_ylabel("training loss, nats per token")
-            _legend_above(figure, axes)
+            legend_above(figure, axes)
 
-    return _svg("training", label, (_WIDTH, 3.2), draw)
+    return svg("training", label, (WIDTH, 3.2), draw)
 
 
 def smooth_curve(points: Sequence[Mapping[str, float]], *, bins: int) -> tuple[list[float], list[float]]:
@@ -264,7 +264,7 @@ def _draw_named_domains(
 ) -> None:
     axes = figure.subplots()
     for row, domain in enumerate(ranked):
-        axes.plot([domain["dense"], domain["ensemble"]], [row, row], color=_INK, alpha=0.35, linewidth=1.6)
+        axes.plot([domain["dense"], domain["ensemble"]], [row, row], color=INK, alpha=0.35, linewidth=1.6)
         change = format_change(domain["ensemble"] / domain["dense"])
         axes.text(1.01, row, change, transform=axes.get_yaxis_transform(), va="center")
     for arm, marker in (("dense", "s"), ("ensemble", "o")):
@@ -280,7 +280,7 @@ def _draw_named_domains(
     if max(values) > 4 * min(values):
         _log_scale(axes.xaxis)
     axes.set_xlabel("perplexity on the documents of the domain")
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _draw_ranked_domains(figure: "Figure", ranked: Sequence[Mapping[str, Any]]) -> None:
@@ -292,7 +292,7 @@ def _draw_ranked_domains(figure: "Figure", ranked: Sequence[Mapping[str, Any]]) 
     axes.plot(range(1, len(ranked) + 1), changes, "o", color=COLOURS["ensemble"], markersize=3.5, label=label)
     axes.set_xlabel("domains, ranked by change")
     axes.set_ylabel("change to dense, %")
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _draw_branched(
@@ -358,12 +358,13 @@ def _log_scale(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _legend_above(figure: "Figure", axes: "Axes") -> None:
+def legend_above(figure: "Figure", axes: "Axes") -> None:
+    """Put the legend of `axes` above the panels."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(6, max(1, len(labels))))
 
 
-def _svg(name: str, label: str, size: tuple[float, float], draw: Callable[["Figure"], None]) -> str:
+def svg(name: str, label: str, size: tuple[float, float], draw: Callable[["Figure"], None]) -> str:
     """Draw a figure of `size` inches and return its `<svg>` element, without prologue, date and fixed size."""
     try:
         import matplotlib
@@ -395,4 +396,4 @@ def _inline(document: str, name: str, label: str) -> str:
         f'{view_box[0]} role="img" aria-label="{html.escape(label)}">'
     )
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", document[root_end:])
-    return root + body.replace(_INK, "currentColor").rstrip()
+    return root + body.replace(INK, "currentColor").rstrip()

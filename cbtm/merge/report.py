@@ -18,13 +18,12 @@ from typing import Any
 
 from cbtm.errors import ConfigError, DataError
 from cbtm.merge import figures
+from cbtm.merge.domain_section import domain_cards, domain_remarks, domain_rows, domain_terms, draw_domains
 from cbtm.merge.figures import format_change, format_perplexity, plain_text
 
 FORMAT = 1
 """The version of result.json that this module reads."""
 
-_EXAMPLE_CHARACTERS = 300
-_TERM_CHARACTERS = 40
 _Curves = Mapping[str, Sequence[Mapping[str, float]]]
 
 
@@ -141,8 +140,9 @@ def render_report(result: Mapping[str, Any], curves: _Curves) -> str:
         lead=next((arm.row.name for arm in arms if arm.role == "ensemble"), None),
         figures=_figures(result, curves, arms),
         uniform=_uniform(result),
-        domains=_domains(result),
-        by_domain=_by_domain(result),
+        domains=domain_cards(result),
+        domain_remarks=domain_remarks(result),
+        by_domain=domain_rows(result),
         named_domains=figures.NAMED_DOMAINS,
         training=_training(curves),
     )
@@ -242,7 +242,7 @@ def _against_dense(ratio: float | None) -> str:
 
 def _figures(result: Mapping[str, Any], curves: _Curves, arms: Sequence[_Arm]) -> dict[str, str]:
     """SVG by name; a figure without data is not in it."""
-    drawn: dict[str, str] = {}
+    drawn = draw_domains(result)
     if arms:
         rows = [(arm.row, arm.role) for arm in arms]
         bars = [figures.Bar(row.name, row.perplexity, row.interval, role) for row, role in rows]
@@ -262,50 +262,11 @@ def _figures(result: Mapping[str, Any], curves: _Curves, arms: Sequence[_Arm]) -
     if both:
         wins = sum(row["ensemble"] < row["dense"] for row in both)
         label = f"Dense model against ensemble in each domain; the ensemble is lower in {wins} of {len(both)}."
-        drawn["domains"] = figures.domain_chart(both, _terms(result), label=label)
+        drawn["domains"] = figures.domain_chart(both, domain_terms(result), label=label)
     if any(curves.values()):
         label = f"Training loss against step of {len(curves)} models."
         drawn["training"] = figures.training_chart(curves, label=label)
     return drawn
-
-
-def _terms(result: Mapping[str, Any]) -> dict[int, list[str]]:
-    return {
-        domain["cluster"]: [plain_text(term, _TERM_CHARACTERS) for term in domain["top_terms"]]
-        for domain in result["domains"]
-    }
-
-
-def _domains(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    terms = _terms(result)
-    alone = {expert["cluster"]: expert["perplexity"] for expert in result["experts"]}
-    return [
-        {
-            **domain,
-            "top_terms": terms[domain["cluster"]],
-            "alone": alone.get(domain["cluster"]),
-            "examples": [
-                {
-                    "sp_id": plain_text(example["sp_id"], _EXAMPLE_CHARACTERS),
-                    "text": plain_text(example["text"], _EXAMPLE_CHARACTERS),
-                }
-                for example in domain["examples"][:3]
-            ],
-        }
-        for domain in result["domains"]
-    ]
-
-
-def _by_domain(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    terms = _terms(result)
-    return [
-        {
-            **row,
-            "terms": ", ".join(terms.get(row["cluster"], [])[:3]),
-            "ratio": row["ensemble"] / row["dense"] if row["dense"] and row["ensemble"] is not None else None,
-        }
-        for row in result["by_domain"]
-    ]
 
 
 def _training(curves: _Curves) -> list[dict[str, Any]]:

@@ -2,13 +2,21 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer, build_tokenizer
 from cbtm.cluster.assigner import assign_group
-from cbtm.cluster.clusterer import Clusterer, fit_clusterer
+from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.fit import fit_clusterer
+from cbtm.cluster.labels import read_labels
+from cbtm.cluster.sample import CountTokens
 from cbtm.corpus import Document, ReadCounts
+from cbtm.errors import ConfigError
 from cbtm.progress import progress
 from cbtm.run import Run
 
@@ -24,19 +32,74 @@ def tokenizer(run: Run, work: Path) -> dict[str, Any]:
 
 
 def cluster(run: Run, work: Path) -> dict[str, Any]:
-    """Build the clusterer stage's output in `work`."""
+    """Build the clusterer stage's output in `work`: fit a clusterer, or take over and measure a given one."""
+    config, scratch = run.config.cluster, work.parent
     counts = ReadCounts()
-    facts = fit_clusterer(run.config.cluster, _counted(run.documents("train", counts), "cluster"), work)
+    facts = fit_clusterer(
+        config,
+        _TrainDocuments(run, counts),
+        work,
+        given=_given_clusterer(run, scratch),
+        fixed=run.fixed_assignments,
+        labels=read_labels(config.labels, run.paths("train")) if config.labels is not None else None,
+        count_tokens=_token_counter(_encoder(run, scratch)) if config.needs_tokens else None,
+    )
     return {**facts, "skipped": counts.skipped}
 
 
 def assign(run: Run, name: str, work: Path) -> dict[str, Any]:
     """Build one shard group's output in `work`."""
     scratch = work.parent
-    group = run.plan_made.group(name)
-    clusterer = Clusterer.load(run.fetch(run.cluster_spec(), scratch))
-    encoder = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
-    return assign_group(run.config.assign, run.config.corpus, group, clusterer, encoder, work)
+    folders = (run.fetch(run.cluster_spec(), scratch), run.fetch(run.tokenizer_spec(), scratch))
+    return assign_group(
+        run.config.assign,
+        run.config.corpus,
+        run.plan_made.group(name),
+        partial(_open_tools, *folders),
+        work,
+        scratch=scratch / "parts",
+        fixed=run.fixed_assignments,
+    )
+
+
+def _open_tools(clusterer: Path, tokenizer: Path) -> tuple[Clusterer, TextTokenizer]:
+    return Clusterer.load(clusterer), TextTokenizer.load(tokenizer)
+
+
+def _given_clusterer(run: Run, scratch: Path) -> Clusterer | None:
+    uri = run.config.cluster.path
+    if uri is None:
+        return None
+    folder = scratch / "given"
+    if storage.is_s3(uri):
+        storage.download(uri, folder, [file.path for file in storage.list_files(uri)])
+    else:
+        folder = storage.local_path(uri)
+    given = Clusterer.load(folder)
+    if given.n_clusters != run.config.cluster.n_clusters:
+        raise ConfigError(
+            f"cluster.n_clusters={run.config.cluster.n_clusters}, but the clusterer at {uri} has {given.n_clusters}"
+        )
+    return given
+
+
+def _encoder(run: Run, scratch: Path) -> TextTokenizer:
+    return TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
+
+
+def _token_counter(encoder: TextTokenizer) -> CountTokens:
+    return lambda texts: np.array([len(row) for row in encoder.encode_batch(texts)], dtype=np.int64)
+
+
+class _TrainDocuments:
+    """The training documents, as often as one likes; `counts` are those of the first time."""
+
+    def __init__(self, run: Run, counts: ReadCounts) -> None:
+        self._run, self._counts = run, counts
+
+    def __iter__(self) -> Iterator[Document]:
+        counts, self._counts = self._counts, ReadCounts()
+        return _counted(self._run.documents("train", counts), "cluster")
 
 
 def _counted(documents: Iterator[Document], task: str) -> Iterator[Document]:

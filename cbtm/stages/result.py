@@ -1,7 +1,7 @@
 """The last stage: from scores and text to result.json, report.html, and the evaluation's run in the tracker."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import cbtm
 from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer
+from cbtm.cluster.domains import DOMAINS_FORMAT, balance
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
 from cbtm.merge.evaluator import Scores, ValidationSet, context_distances
@@ -26,6 +27,9 @@ from cbtm.stages.tracked import child, finish_parent
 from cbtm.tracking import RunKind
 from cbtm.train.expert import CURVE_FILE, EXPERT_FILE
 from cbtm.train.member import Member
+
+DOMAIN_TABLE_FILE = "domain_table.json"
+"""Artifact of the evaluation's run in the tracker: the domains as MLflow's tables are stored."""
 
 
 def evaluate(run: Run) -> Manifest:
@@ -46,13 +50,30 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     with progress("evaluate", "documents") as shown:
         distances = context_distances(clusterer, tokenizer, validation, shown.update)
     measured = evaluate_scores(run.config.evaluate, validation, scores, distances)
-    domains = json.loads((clusterer_folder / DOMAINS_FILE).read_text(encoding="utf-8"))
-    result = _result(run, measured, domains)
+    described = read_domains(clusterer_folder / DOMAINS_FILE)
+    result = _result(run, measured, described)
     (work / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / REPORT_FILE).write_text(render_report(result, _curves(run)), encoding="utf-8")
-    _track(run, result, work)
+    table = scratch / DOMAIN_TABLE_FILE
+    table.write_text(json.dumps(domain_table(result["domains"]), ensure_ascii=False) + "\n", encoding="utf-8")
+    _track(run, result, [work / RESULT_FILE, work / REPORT_FILE, clusterer_folder / DOMAINS_FILE, table])
     dense = result["dense"]["perplexity"] if result["dense"] else None
     return {"dense": dense, "ensemble": _best(result)["perplexity"]}
+
+
+def read_domains(path: Path) -> dict[str, Any]:
+    """Read the description of the domains that the clusterer stage wrote.
+
+    Raises:
+        ManifestError: If it is of another version.
+    """
+    described = json.loads(path.read_text(encoding="utf-8"))
+    found = described.get("format") if isinstance(described, dict) else 1  # the first was a plain list
+    if found != DOMAINS_FORMAT:
+        raise ManifestError(
+            f"{path.name} has format {found!r}, this cbtm reads {DOMAINS_FORMAT}; fit the clusterer again"
+        )
+    return dict(described)
 
 
 def _check_bindings(run: Run, scratch: Path) -> None:
@@ -72,7 +93,7 @@ def _check_bindings(run: Run, scratch: Path) -> None:
 
 def _validation_set(run: Run, scratch: Path) -> ValidationSet:
     documents, clusters = run.validation_documents(scratch)
-    records = documents.records()
+    records = list(documents.records())
     texts = {document.sp_id: document.text for document in run.documents("validation")}
     missing = [record.sp_id for record in records if record.sp_id not in texts]
     if missing:
@@ -116,14 +137,62 @@ def _counts(run: Run, part: Part) -> list[dict[str, int]]:
     return total
 
 
-def _result(run: Run, measured: Mapping[str, Any], domains: list[dict[str, Any]]) -> dict[str, Any]:
+def domain_entries(
+    described: Mapping[str, Any], counts: Sequence[Mapping[str, int]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The domains of result.json and their balance.
+
+    Args:
+        described: The content of domains.json.
+        counts: Documents and tokens of each cluster in the training split, as assigned.
+
+    Returns:
+        The entries of domains.json with documents, tokens and their shares; and the balance (smallest, largest,
+        ratio) in documents and tokens, as assigned, and in documents of the fit.
+    """
+    documents, tokens = ([count[unit] for count in counts] for unit in ("documents", "tokens"))
+    entries = [
+        {
+            "cluster": domain["cluster"],
+            "documents": n_documents,
+            "tokens": n_tokens,
+            "share_documents": n_documents / sum(documents),
+            "share_tokens": n_tokens / sum(tokens),
+            **domain,
+        }
+        for domain, n_documents, n_tokens in zip(described["domains"], documents, tokens, strict=True)
+    ]
+    return entries, {
+        "documents": balance(documents),
+        "tokens": balance(tokens),
+        "fit": described["balance"]["fit"],
+    }
+
+
+def domain_table(domains: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The domains as columns and rows, which is how MLflow stores a table (`mlflow.load_table` reads it)."""
+    columns = ["cluster", "top_terms", "documents", "tokens", "share_documents", "share_tokens", "fit_documents"]
+    rows = [
+        [
+            *(", ".join(domain[name]) if name == "top_terms" else domain[name] for name in columns),
+            domain["radius"],
+            ", ".join(str(one["cluster"]) for one in domain["neighbours"]),
+            ", ".join(f"{one['label']} {one['share']:.2f}" for one in domain["labels"]),
+        ]
+        for domain in domains
+    ]
+    return {"columns": [*columns, "radius", "neighbours", "labels"], "data": rows}
+
+
+def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
     config = run.config
     train, validation = _counts(run, "train"), _counts(run, "validation")
     documents, tokens = (sum(counts[key] for counts in train) for key in ("documents", "tokens"))
     experts = [
         {**row, "documents": counts["documents"], "tokens": counts["tokens"], "top_terms": domain["top_terms"]}
-        for row, counts, domain in zip(measured["experts"], train, domains, strict=True)
+        for row, counts, domain in zip(measured["experts"], train, described["domains"], strict=True)
     ]
+    domains, sizes = domain_entries(described, train)
     return {
         "format": 1,
         "run": {
@@ -148,19 +217,10 @@ def _result(run: Run, measured: Mapping[str, Any], domains: list[dict[str, Any]]
         "steps": config.train.steps,
         **measured,
         "experts": experts,
-        "domains": [
-            {
-                "cluster": domain["cluster"],
-                "documents": counts["documents"],
-                "tokens": counts["tokens"],
-                "share_documents": counts["documents"] / documents,
-                "share_tokens": counts["tokens"] / tokens,
-                "top_terms": domain["top_terms"],
-                "examples": domain["examples"],
-            }
-            for domain, counts in zip(domains, train, strict=True)
-        ],
-        "labels": None,
+        "domains": domains,
+        "map": described["map"],
+        "balance": sizes,
+        "labels": described["agreement"],
     }
 
 
@@ -193,7 +253,7 @@ def _best(result: Mapping[str, Any]) -> dict[str, Any]:
     return best
 
 
-def _track(run: Run, result: Mapping[str, Any], work: Path) -> None:
+def _track(run: Run, result: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
     """Log every figure that people compare: the same keys for every model, top-k as the step of the ensemble."""
     corpus = run.config.corpus
     kinds: tuple[RunKind, ...] = ("seed", "dense", "random")
@@ -216,8 +276,30 @@ def _track(run: Run, result: Mapping[str, Any], work: Path) -> None:
         best = _best(result)
         tracker.log_params({key: best[key] for key in ("distance_power", "temperature", "top_k")})
         tracker.log_metrics(_figures(best), run.config.train.steps)
-        tracker.log_artifact(work / RESULT_FILE)
-        tracker.log_artifact(work / REPORT_FILE)
+        tracker.log_metrics(cluster_figures(result, run.load(run.cluster_spec()).metadata), run.config.train.steps)
+        for path in artifacts:
+            tracker.log_artifact(path)
+        # By this tag MLflow's pages know which artifacts are tables.
+        tracker.set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": DOMAIN_TABLE_FILE, "type": "table"}])})
+
+
+def cluster_figures(result: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of the clusterer for the tracker; what is not known, such as the ratio to an empty domain, is left out.
+
+    Args:
+        result: The content of result.json.
+        facts: Metadata of the clusterer's manifest.
+    """
+    labels = result["labels"] or {}
+    values = {
+        "balance_documents": result["balance"]["documents"]["ratio"],
+        "balance_tokens": result["balance"]["tokens"]["ratio"],
+        "explained_energy": facts.get("explained_energy"),
+        "inertia": facts.get("inertia"),
+        "nmi": labels.get("nmi"),
+        "purity": labels.get("purity"),
+    }
+    return {f"cluster/{name}": value for name, value in values.items() if value is not None}
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, float]:

@@ -6,7 +6,9 @@ import pytest
 
 from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.cluster.assigner import AssignConfig, assign_group, assignment_path, token_shard
-from cbtm.cluster.clusterer import ClusterConfig, Clusterer, fit_clusterer
+from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.config import ClusterConfig
+from cbtm.cluster.fit import fit_clusterer
 from cbtm.corpus import CorpusConfig, ReadCounts, read_files
 from cbtm.errors import DataError
 from cbtm.plan import make_plan
@@ -53,7 +55,14 @@ def parts(tmp_path_factory):
 def assign(parts, folder, part="train", **settings):
     corpus, train, validation, clusterer, tokenizer = parts
     group = train if part == "train" else validation
-    return assign_group(AssignConfig(**settings), corpus, group, clusterer, tokenizer, folder)
+    return assign_group(
+        AssignConfig(**settings),
+        corpus,
+        group,
+        lambda: (clusterer, tokenizer),
+        folder,
+        scratch=folder.with_name(f"{folder.name}-parts"),
+    )
 
 
 def lines_of(folder, path):
@@ -97,7 +106,7 @@ def test_token_shards_hold_exactly_the_documents_of_their_cluster(parts, tmp_pat
     lines = [line for path in train.paths for line in lines_of(tmp_path, path)]
     for cluster in range(K):
         found = shard(tmp_path, "learned", cluster)
-        records = found.records()
+        records = list(found.records())
         assert [record.sp_id for record in records] == [line["sp_id"] for line in lines if line["cluster"] == cluster]
         assert [record.n_bytes for record in records] == [len(texts[record.sp_id].encode()) for record in records]
         expected = tokenizer.encode_batch([texts[record.sp_id] for record in records])
@@ -165,9 +174,16 @@ def test_random_partition_does_not_depend_on_how_shards_are_grouped(parts, tmp_p
     assign(parts, tmp_path / "one")
     of = {}
     for group in make_plan(corpus, max_groups=2).part("train"):
-        assign_group(AssignConfig(), corpus, group, clusterer, tokenizer, tmp_path / "two")
+        assign_group(
+            AssignConfig(),
+            corpus,
+            group,
+            lambda: (clusterer, tokenizer),
+            tmp_path / "two",
+            scratch=tmp_path / "parts" / group.name,
+        )
         for cluster in range(K):
-            records = shard(tmp_path / "two", "random", cluster, group=group.name).records()
+            records = list(shard(tmp_path / "two", "random", cluster, group=group.name).records())
             of |= {record.sp_id: cluster for record in records}
     assert of == dealt(tmp_path / "one")
 
@@ -205,7 +221,14 @@ def test_clusters_without_a_document_have_an_empty_shard(parts, tmp_path):
         (root / split / "00000/a.jsonl").write_text('{"text": "cat dog horse cat fox"}\n')
     alone = CorpusConfig(root=str(root))
     (group,) = make_plan(alone, max_groups=1).part("train")
-    facts = assign_group(AssignConfig(), alone, group, clusterer, tokenizer, tmp_path / "out")
+    facts = assign_group(
+        AssignConfig(),
+        alone,
+        group,
+        lambda: (clusterer, tokenizer),
+        tmp_path / "out",
+        scratch=tmp_path / "parts" / group.name,
+    )
     counts = [row["documents"] for row in facts["clusters"]["learned"]]
     assert sorted(counts) == [0, 0, 1]
     for cluster in range(K):
@@ -234,7 +257,14 @@ def test_what_is_read_is_assigned_or_skipped_with_its_reason(parts, tmp_path):
         '{"text": ""}',
     ]
     corpus, group = with_bad_lines(tmp_path, lines)
-    facts = assign_group(AssignConfig(), corpus, group, clusterer, tokenizer, tmp_path / "out")
+    facts = assign_group(
+        AssignConfig(),
+        corpus,
+        group,
+        lambda: (clusterer, tokenizer),
+        tmp_path / "out",
+        scratch=tmp_path / "parts" / group.name,
+    )
     assert facts["documents"] == 2
     assert facts["skipped"] == {"not JSON with a text": 2, "empty text": 2}
     assert facts["documents"] + sum(facts["skipped"].values()) == len(lines)
@@ -248,19 +278,35 @@ def test_too_many_bad_lines_stop_the_group(parts, tmp_path):
     *_, clusterer, tokenizer = parts
     corpus, group = with_bad_lines(tmp_path, ['{"text": "cat dog"}', "x", "y", "z"])
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: not JSON .*; 3 bad lines are more than"):
-        assign_group(AssignConfig(), corpus, group, clusterer, tokenizer, tmp_path / "out")
+        assign_group(
+            AssignConfig(),
+            corpus,
+            group,
+            lambda: (clusterer, tokenizer),
+            tmp_path / "out",
+            scratch=tmp_path / "parts" / group.name,
+        )
 
 
 def test_group_without_a_document_is_refused(parts, tmp_path):
     *_, clusterer, tokenizer = parts
     corpus, group = with_bad_lines(tmp_path, ['{"text": ""}'])
-    with pytest.raises(DataError, match=r"files of shard group train-00000 hold no document: train/00000/a\.jsonl"):
-        assign_group(AssignConfig(), corpus, group, clusterer, tokenizer, tmp_path / "out")
+    with pytest.raises(
+        DataError, match=r"files of shard group train-00000 hold no document \(1 x empty text\): train/00000/a\.jsonl"
+    ):
+        assign_group(
+            AssignConfig(),
+            corpus,
+            group,
+            lambda: (clusterer, tokenizer),
+            tmp_path / "out",
+            scratch=tmp_path / "parts" / group.name,
+        )
 
 
 def test_batches_do_not_show_in_the_result(parts, tmp_path, monkeypatch):
     whole = assign(parts, tmp_path / "whole")
-    monkeypatch.setattr("cbtm.cluster.assigner._BATCH", 4)
+    monkeypatch.setattr("cbtm.cluster.labelling._BATCH", 4)
     assert assign(parts, tmp_path / "parts") == whole
     names = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file())
     assert len(names) == 3 + 2 * K * 3  # lines of 3 files; 3 files for each cluster of either partition

@@ -1,11 +1,13 @@
+import hashlib
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cbtm.cluster.clusterer import ClusterConfig, Clusterer, _sample, fit_clusterer
+from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.config import ClusterConfig
+from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.kmeans import balanced_kmeans
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, DataError, ManifestError
@@ -105,7 +107,7 @@ def test_sizes_are_within_one_document_of_each_other(tmp_path, n, k):
     sizes = fit_clusterer(config(n_clusters=k), corpus(n), tmp_path)["sizes"]
     # n = k * floor(n / k) + remainder, and the remainder is spread.
     assert sorted(sizes) == sorted([n // k] * (k - n % k) + [n // k + 1] * (n % k))
-    domains = json.loads((tmp_path / "domains.json").read_text())
+    domains = json.loads((tmp_path / "domains.json").read_text())["domains"]
     assert [domain["fit_documents"] for domain in domains] == sizes
 
 
@@ -113,7 +115,7 @@ def test_domains_are_described_by_their_words_and_most_typical_documents(fitted)
     folder, _ = fitted
     clusterer = Clusterer.load(folder)
     texts = {document.sp_id: document.text for document in corpus(60)}
-    domains = json.loads((folder / "domains.json").read_text(encoding="utf-8"))
+    domains = json.loads((folder / "domains.json").read_text(encoding="utf-8"))["domains"]
     assert [domain["cluster"] for domain in domains] == [0, 1, 2]
     found = []
     for domain in domains:
@@ -135,44 +137,12 @@ def test_domains_are_described_by_their_words_and_most_typical_documents(fitted)
 def test_examples_are_cut_and_may_be_left_out(tmp_path):
     long = [Document(document.sp_id, f"{document.text} " * 40) for document in corpus(12)]
     fit_clusterer(config(examples=1), long, tmp_path / "one")
-    domains = json.loads((tmp_path / "one/domains.json").read_text())
+    domains = json.loads((tmp_path / "one/domains.json").read_text())["domains"]
     assert [len(domain["examples"][0]["text"]) for domain in domains] == [600] * 3
     fit_clusterer(config(examples=0), long, tmp_path / "none")
-    assert [domain["examples"] for domain in json.loads((tmp_path / "none/domains.json").read_text())] == [[]] * 3
-
-
-# --- sample ---
-
-
-def numbered(n):
-    return [Document(str(number), "x") for number in range(n)]
-
-
-def drawn(n, size, seed):
-    return [int(document.sp_id) for document in _sample(iter(numbered(n)), size, seed)]
-
-
-def test_sample_has_the_size_asked_for_in_reading_order():
-    for n, size in ((20, 5), (20, 19), (1000, 100)):
-        found = drawn(n, size, seed=1)
-        assert len(set(found)) == size
-        assert found == sorted(found)
-    assert drawn(20, 20, seed=1) == drawn(20, 50, seed=1) == list(range(20))
-    assert drawn(0, 5, seed=1) == []
-
-
-def test_every_document_is_as_likely_to_be_in_the_sample():
-    # 4000 samples of 5 from 20: each document 1000 times, standard deviation sqrt(4000 * 1/4 * 3/4) = 27.
-    counts = Counter(number for seed in range(4000) for number in drawn(20, 5, seed))
-    assert len(counts) == 20
-    assert max(abs(count - 1000) for count in counts.values()) < 4 * 27
-
-
-def test_every_pair_is_as_likely_to_be_in_the_sample():
-    # 10 pairs of 5 documents, 3000 samples of 2: 300 each, standard deviation sqrt(3000 * .1 * .9) = 16.
-    counts = Counter(tuple(drawn(5, 2, seed)) for seed in range(3000))
-    assert len(counts) == 10
-    assert max(abs(count - 300) for count in counts.values()) < 4 * 17
+    assert [domain["examples"] for domain in json.loads((tmp_path / "none/domains.json").read_text())["domains"]] == [
+        []
+    ] * 3
 
 
 def test_fit_looks_at_the_sample_only(tmp_path):
@@ -212,14 +182,32 @@ def test_damaged_folder_is_refused(fitted, name, damage):
     (folder / name).unlink()
     if damage != "missing":
         (folder / name).write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
-    with pytest.raises(ManifestError, match=f"{folder} (is no clusterer folder|holds no readable embedder)"):
+    with pytest.raises(
+        ManifestError, match=f"{folder} (is no clusterer folder|lacks {name})|{name} was changed or cut short"
+    ):
         Clusterer.load(folder)
+
+
+def test_a_file_changed_by_hand_is_refused(fitted):
+    folder, _ = fitted
+    text = (folder / "embedder.json").read_text()
+    (folder / "embedder.json").write_text(text.replace("apple", "appie"))
+    with pytest.raises(ManifestError, match=r"embedder\.json was changed or cut short after the clusterer was written"):
+        Clusterer.load(folder)
+
+
+def seal(folder):
+    """Have clusterer.json speak of the files as they are."""
+    settings = json.loads((folder / "clusterer.json").read_text())
+    settings["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in settings["files"]}
+    (folder / "clusterer.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (2, 8), (4, 8), (24,), (0, 8)])
 def test_centres_of_another_shape_are_refused(fitted, shape):
     folder, _ = fitted
     save_file({"centers": np.zeros(shape, dtype=np.float32)}, folder / "centers.safetensors")
+    seal(folder)
     with pytest.raises(ManifestError, match=r"centres of shape .* do not fit 3 clusters and an embedder of length 8"):
         Clusterer.load(folder)
 
@@ -227,7 +215,9 @@ def test_centres_of_another_shape_are_refused(fitted, shape):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": 2, "n_clusters": 3}', "clusterer format 2, this cbtm reads 1"),
+        ('{"format": 1, "n_clusters": 3}', "clusterer format 1, this cbtm reads 2"),
+        ('{"format": 2, "n_clusters": 3}', "does not name the files"),
+        ('{"format": 2, "files": {"centers.safetensors": "", "../x": ""}}', "names '../x'|was changed"),
         ('{"n_clusters": 3}', "is no clusterer folder: 'format'"),
         ("[]", "is no clusterer folder"),
     ],

@@ -106,7 +106,7 @@ def test_tracker_has_a_parent_with_a_child_for_each_model(finished):
     assert steps == [5, 10, 15, 20]
     assert {"train/learning_rate", "train/tokens_per_second"} <= set(dense.data.metrics)
     artifacts = {item.path for item in client.list_artifacts(ensemble.info.run_id)}
-    assert artifacts == {"result.json", "report.html"}
+    assert artifacts == {"result.json", "report.html", "domains.json", "domain_table.json"}
 
 
 def test_second_run_takes_seconds_and_changes_nothing(finished, installed):

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import ClusterConfig, Clusterer, fit_clusterer
+from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.config import ClusterConfig
+from cbtm.cluster.fit import fit_clusterer
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, DataError, ManifestError
 from cbtm.merge.evaluator import EvaluateConfig, Scores, ValidationSet, context_distances, evaluate

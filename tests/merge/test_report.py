@@ -69,7 +69,14 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
             {
                 "cluster": c, "documents": 10, "tokens": 1000, "share_documents": share, "share_tokens": share,
                 "top_terms": [f"term{c}", "naïve", "a_$x$", "<b>bold", *"efghij"],
-                "examples": [{"sp_id": f"train/a.jsonl|{c}", "text": f"text of cluster {c}"}],
+                "fit_documents": 10, "nearest_documents": 10, "radius": 0.5,
+                "position": [math.cos(c), math.sin(c)],
+                "neighbours": [{"cluster": other, "distance": 0.5} for other in clusters if other != c][:3],
+                "labels": [{"label": f"kind {c}", "share": 0.996}, {"label": "other", "share": 0.004}],
+                "examples": [{"sp_id": f"train/a.jsonl|{c}", "text": f"text of cluster {c}", "distance": 0.1}],
+                "borderline": [
+                    {"sp_id": f"train/b.jsonl|{c}", "text": f"edge of {c}", "margin": 0.01, "other": 0}
+                ] if c else [],
             }
             for c in clusters
         ],
@@ -80,7 +87,15 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
             }
             for c in clusters
         ],
-        "labels": {"nmi": 0.93, "purity": 0.97},
+        "map": {"method": "stress majorisation", "distance_error": 0.21},
+        "balance": {
+            "documents": {"smallest": 4, "largest": 10, "ratio": 2.5},
+            "tokens": {"smallest": 1000, "largest": 3000, "ratio": 3.0},
+            "fit": {"smallest": 250, "largest": 251, "ratio": 1.004},
+        },
+        "labels": {
+            "n_labelled": 1000, "n_labels": 8, "nmi": 0.93, "purity": 0.97, "nearest": {"nmi": 0.91, "purity": 0.96},
+        },
     }  # fmt: skip
 
 
@@ -270,6 +285,14 @@ def test_page_is_well_formed_and_says_the_verdict(page: str):
         "normalised mutual information 0.93",
         "−20.0 %",
         "text of cluster 3",
+        "edge of 3",
+        "almost as near to 0 (term0, naïve, a_$x$)",
+        "By documents the largest domain is 2.5 times the smallest (10 and 4).",
+        "By tokens the largest domain is 3.0 times the smallest (3,000 and 1,000).",
+        "which placed the centres, hold 250 to 251 each",
+        "a distance is off by 21 % on average",
+        "labels kind 3 100 %",
+        "nearest domains 0 term0, 1 term1, 2 term2",  # naïve is in all of them and tells nothing apart
     ):
         assert fact in text, fact
 
@@ -290,7 +313,7 @@ def test_page_fetches_nothing_and_runs_nothing(page: str):
 
 def test_each_figure_is_xml_with_a_label_and_ids_of_its_own(page: str):
     figures = svgs(page)
-    assert len(figures) == 5
+    assert len(figures) == 7
     ids: list[str] = []
     for svg in figures:
         root = ElementTree.fromstring(svg)
@@ -305,6 +328,9 @@ def test_each_figure_is_xml_with_a_label_and_ids_of_its_own(page: str):
 
 def test_figures_hold_the_numbers_of_the_result(page: str):
     texts = ["".join(ElementTree.fromstring(svg).itertext()) for svg in svgs(page)]
+    texts, of_domains = texts[:4] + texts[6:], texts[4:6]
+    assert "2: term2, naïve, a_$x$, <b>bold, e (10 documents, 1,000 tokens)" in of_domains[0]
+    assert "share of the training split, %" in of_domains[1]
     assert "200.0 (bar cut)" in texts[0]  # 200 is more than 2.5 times the median of 60, 50, 55, 40, 41, 42, 200
     assert "4 (all)" in texts[1]
     assert "distance²" in texts[2]
@@ -314,7 +340,10 @@ def test_figures_hold_the_numbers_of_the_result(page: str):
 
 def test_hostile_text_stays_text():
     result = make_result()
-    result["domains"][0]["examples"] = [{"sp_id": HOSTILE, "text": HOSTILE + "\x00\ud800 " + "x" * 1000}]
+    hostile = {"sp_id": HOSTILE, "text": HOSTILE + "\x00\ud800 " + "x" * 1000}
+    result["domains"][0]["examples"] = [{**hostile, "distance": 0.1}]
+    result["domains"][0]["borderline"] = [{**hostile, "margin": 0.1, "other": 0}]
+    result["domains"][0]["labels"] = [{"label": HOSTILE, "share": 1.0}]
     result["domains"][0]["top_terms"] = [HOSTILE, '"><script>', "'&amp;", "\u202eevil"]
     result["run"]["name"] = HOSTILE + "\ud800"
     result["corpus"]["root"] = result["run"]["root"] = HOSTILE
@@ -359,8 +388,28 @@ def test_arms_that_were_not_trained_leave_no_row_and_no_claim():
     assert "None" not in text
     assert "Random clusters are the control" not in text
     assert "mutual information" not in text
-    # Neither the domains, which need the dense model, nor training, of which nothing was logged.
-    assert len(svgs(page)) == 3
+    # Neither the gain by domain, which needs the dense model, nor training, of which nothing was logged.
+    assert len(svgs(page)) == 5
+
+
+def test_a_result_of_cbtm_0_1_0_renders_without_what_it_lacks():
+    result = {**make_result(), "labels": None}
+    del result["map"], result["balance"]
+    old = {"cluster", "documents", "tokens", "share_documents", "share_tokens", "top_terms", "examples"}
+    result["domains"] = [{key: domain[key] for key in old} for domain in result["domains"]]
+    page = render_report(result, {})
+    text = Page(page).text
+    assert "typical document" in text
+    for absent in ("borderline", "nearest domains", "By documents", "mutual information", "a distance is off"):
+        assert absent not in text
+    assert len(svgs(page)) == 5  # no map, no training
+
+
+def test_an_empty_domain_is_said_and_drawn():
+    result = make_result()
+    result["domains"][1] |= {"documents": 0, "tokens": 0, "share_documents": 0.0, "share_tokens": 0.0}
+    result["balance"]["documents"] = {"smallest": 0, "largest": 10, "ratio": None}
+    assert "By documents the largest domain has 10 and the smallest none." in Page(render_report(result, {})).text
 
 
 @pytest.mark.parametrize("n_clusters", [1, 128])
@@ -369,7 +418,7 @@ def test_one_and_many_clusters_render(n_clusters: int):
     parsed = Page(page)
     assert parsed.open == []
     assert parsed.text.count(f"Cluster {n_clusters - 1}\n") == 1
-    assert len(svgs(page)) == 5
+    assert len(svgs(page)) == (5 if n_clusters == 1 else 7)  # one domain has no map and no sizes to compare
     if n_clusters == 1:
         assert "The one expert reaches perplexity 40.0" in parsed.text.replace("\u00a0", " ")
         assert "1 experts" not in parsed.text
