@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,12 @@ class _Work:
 
     def counts(self, number: int) -> dict[str, Any] | None:
         """What a finished part says of itself, None if it is not finished."""
-        path = self.part(number) / _COUNTS
-        if not path.is_file():
+        path, file = self.part(number) / _COUNTS, self.group.files[number]
+        # A stage that was killed while it published has moved some of the lines away.
+        if not path.is_file() or not (self.folder / assignment_path(file.path)).is_file():
             return None
         counts: dict[str, Any] = json.loads(path.read_text())
-        return counts if counts["file"] == _identity(self.group.files[number]) else None
+        return counts if counts["file"] == _identity(file) else None
 
     def deal(self, n_clusters: int, vocab_size: int) -> dict[str, list[dict[str, int]]]:
         """Write the token shards of all clusters, as many at once as files may be open."""
@@ -261,7 +263,7 @@ def _share(work: _Work, tools: Tools, todo: list[int], shown: Progress, done: in
             raise
 
 
-_assigner: _FileAssigner  # of a process of the pool
+_open_assigner: Callable[[], _FileAssigner]  # of a process of the pool
 
 
 def _begin(work: _Work, tools: Tools) -> None:
@@ -270,12 +272,13 @@ def _begin(work: _Work, tools: Tools) -> None:
     end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threadpool_limits(limits=1)
-    global _assigner
-    _assigner = _FileAssigner(work, *tools())
+    global _open_assigner
+    # Opened with the first file: an error here would reach the other process as a broken pool.
+    _open_assigner = cache(lambda: _FileAssigner(work, *tools()))
 
 
 def _assign(number: int) -> None:
-    _assigner.assign(number)
+    _open_assigner().assign(number)
 
 
 def _identity(file: PlannedFile) -> list[str]:

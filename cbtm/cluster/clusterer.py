@@ -55,12 +55,14 @@ class Clusterer:
         """Write the folder.
 
         Args:
-            folder: Folder to write.
+            folder: Folder to write; what it holds of another clusterer goes.
             domains: Description of the domains (`cbtm.cluster.domains`), if there is one.
         """
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (SETTINGS_FILE, PROFILE_FILE, DOMAINS_FILE):
+            (folder / name).unlink(missing_ok=True)
         self.embedder.save(folder)
         save_file({"centers": np.ascontiguousarray(self.centers)}, folder / CENTERS_FILE)
         if self.profile is not None:
@@ -108,7 +110,7 @@ class Clusterer:
                 f"embedder of length {embedder.n_components_}; fit the clusterer again"
             )
         profile = folder / PROFILE_FILE
-        if not profile.is_file():
+        if PROFILE_FILE not in settings["files"]:
             return cls(embedder, centers)
         return cls(embedder, centers, DistanceProfile.from_json(json.loads(profile.read_text()), source=str(profile)))
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cbtm.cluster.counts import count_matrix, merged, renumbered, stacked
 from cbtm.cluster.projection import leading_directions
 from cbtm.cluster.words import WordTable, blocks_of
 from cbtm.errors import ConfigError, DataError, ManifestError
@@ -55,7 +56,6 @@ class TfidfSvdEmbedder:
         vocabulary_: Word to column, in sorted order; V entries.
         idf_: ln((1 + n) / (1 + document frequency)) + 1, float32, shape (V,).
         components_: Right singular vectors, float32, shape (d, V).
-        word_vectors_: `idf_` times the column of `components_`, float32, shape (V, d).
         n_components_: d after fitting.
         explained_energy_: ||A V||^2 / ||A||^2 over the tf-idf matrix A, between 0 and 1.
         n_documents_: Number of documents seen by `fit`.
@@ -64,7 +64,6 @@ class TfidfSvdEmbedder:
     vocabulary_: dict[str, int]
     idf_: NDArray[np.float32]
     components_: NDArray[np.float32]
-    word_vectors_: NDArray[np.float32]
     n_components_: int
     explained_energy_: float
     n_documents_: int
@@ -132,10 +131,11 @@ class TfidfSvdEmbedder:
     def transform_blocks(self, texts: Iterable[str]) -> Iterator[NDArray[np.float32]]:
         """`transform`, a block of rows at a time, for more texts than memory holds."""
         for block in blocks_of(texts):
-            columns = self._table.find(block)
+            table, vectors = self._ranked
+            columns = table.find(block)
             known = columns >= 0
             indptr = np.concatenate([[0], np.cumsum(known)])[block.offsets]
-            yield _unit_rows(_count_matrix(columns[known], indptr, len(self.vocabulary_)) @ self.word_vectors_)
+            yield _unit_rows(count_matrix(columns[known], indptr, len(table)) @ vectors)
 
     def top_terms(self, centers: NDArray[np.floating[Any]], n: int = 10) -> list[list[str]]:
         """Words that set each centre apart: the highest tf-idf weight above the mean of all centres.
@@ -246,7 +246,7 @@ class TfidfSvdEmbedder:
         embedder.n_documents_, embedder.explained_energy_ = n_documents, explained_energy
         embedder.vocabulary_ = {word: column for column, word in enumerate(words)}
         embedder._set_arrays(idf.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32))
-        if [word.decode() for word in embedder._table.words] != list(words):
+        if sorted(embedder._ranked[0].words) != sorted(map(_utf8, words)):
             wrong = next((word for word in words if not _is_word(word)), words[0])
             raise DataError(f"the vocabulary holds {wrong!r}, which is no word of two or more characters")
         return embedder
@@ -255,19 +255,27 @@ class TfidfSvdEmbedder:
         self.idf_ = idf
         self.components_ = components
         self.n_components_ = len(components)
-        self.word_vectors_ = np.ascontiguousarray((components * idf).T)
+        for cached in ("word_vectors_", "_ranked"):
+            self.__dict__.pop(cached, None)
 
     @cached_property
-    def _table(self) -> WordTable:
-        return WordTable(self.vocabulary_)
+    def word_vectors_(self) -> NDArray[np.float32]:
+        """`idf_` times the column of `components_`, float32, shape (V, d)."""
+        return np.ascontiguousarray((self.components_ * self.idf_).T)
+
+    @cached_property
+    def _ranked(self) -> tuple[WordTable, NDArray[np.float32]]:
+        """The words, and their vectors, by frequency: those that a text is full of share a part of the cache."""
+        order = np.argsort(self.idf_, kind="stable")
+        words = list(self.vocabulary_)
+        return WordTable(words[column] for column in order.tolist()), self.word_vectors_[order]
 
     def _learn_vocabulary(self, texts: Iterable[str]) -> csr_matrix:
         """Count words in one pass and keep those that are features; returns counts, float32, shape (n, V)."""
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-        self.__dict__.pop("_table", None)
         table = WordTable()
-        counts = _stacked([_merged(table.add(block), block.offsets, len(table)) for block in blocks_of(texts)])
+        counts = stacked([merged(table.add(block), block.offsets, len(table)) for block in blocks_of(texts)])
         self.n_documents_ = counts.shape[0]
         if self.n_documents_ == 0:
             raise DataError("there is no text to fit on; check that the corpus split is not empty")
@@ -285,7 +293,7 @@ class TfidfSvdEmbedder:
                 "check the texts or lower min_document_frequency"
             )
         self.vocabulary_ = {word: column for column, (word, _) in enumerate(kept)}
-        return _renumbered(counts, np.array([column for _, column in kept]))
+        return renumbered(counts, np.array([column for _, column in kept]))
 
     def _weigh(self, counts: csr_matrix) -> csr_matrix:
         """Scale counts (n, V) to tf-idf rows of unit length, in place."""
@@ -314,55 +322,11 @@ class TfidfSvdEmbedder:
 
 
 def _is_word(word: str) -> bool:
-    return WordTable([word]).words == [word.encode("utf-8", "surrogatepass")]
+    return WordTable([word]).words == [_utf8(word)]
 
 
-def _merged(columns: NDArray[np.int32], offsets: NDArray[np.int64], n_words: int) -> csr_matrix:
-    """How often each word occurs in each text; float32, shape (texts, n_words)."""
-    counts = _count_matrix(columns, offsets, n_words)
-    counts.sum_duplicates()
-    return counts
-
-
-def _stacked(blocks: list[csr_matrix]) -> csr_matrix:
-    """Blocks of rows over a growing vocabulary as one matrix; `blocks` is emptied, to hold the entries once."""
-    from scipy.sparse import csr_matrix
-
-    if not blocks:
-        return csr_matrix((0, 0), dtype=np.float32)
-    n_words = blocks[-1].shape[1]
-    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
-    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    data, indices = np.empty(indptr[-1], dtype=np.float32), np.empty(indptr[-1], dtype=np.int32)
-    end = len(data)
-    while blocks:
-        block = blocks.pop()
-        start = end - block.nnz
-        data[start:end], indices[start:end] = block.data, block.indices
-        end = start
-    return csr_matrix((data, indices, indptr), shape=(len(lengths), n_words))
-
-
-def _renumbered(counts: csr_matrix, kept: NDArray[np.int64]) -> csr_matrix:
-    """The columns `kept` of `counts`, in that order."""
-    from scipy.sparse import csr_matrix
-
-    new_columns = np.full(counts.shape[1], -1, dtype=np.int32)
-    new_columns[kept] = np.arange(len(kept), dtype=np.int32)
-    indices = new_columns[counts.indices]
-    is_kept = indices >= 0
-    indptr = np.concatenate([[0], np.cumsum(is_kept)])[counts.indptr]
-    reduced = csr_matrix((counts.data[is_kept], indices[is_kept], indptr), shape=(counts.shape[0], len(kept)))
-    reduced.sort_indices()
-    return reduced
-
-
-def _count_matrix(columns: NDArray[np.int32], indptr: NDArray[np.int64], n_words: int) -> csr_matrix:
-    """One float32 entry of 1 per word; scipy adds repeated entries of a row when it multiplies."""
-    from scipy.sparse import csr_matrix
-
-    ones = np.ones(len(columns), dtype=np.float32)
-    return csr_matrix((ones, columns, indptr), shape=(len(indptr) - 1, n_words))
+def _utf8(word: str) -> bytes:
+    return word.encode("utf-8", "surrogatepass")
 
 
 def _unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

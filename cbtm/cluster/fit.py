@@ -60,7 +60,8 @@ def fit_clusterer(
 
     Raises:
         ConfigError: If there are more clusters than documents, or a fixed cluster has none.
-        DataError: If there are no documents, or none with a countable word.
+        DataError: If there are no documents, or none with a countable word, or their number changed before they
+            were read a second time.
     """
     assigned = None if fixed is None else FixedClusters(fixed)
     if assigned is not None:
@@ -131,8 +132,6 @@ def _embed(
     with path.open("wb") as out:
         for block in embedder.transform_blocks(sample.texts(drawn(documents, size, total, config.random_state))):
             out.write(block.tobytes())
-    if len(sample) != size:
-        raise DataError(f"the corpus changed while it was read: {len(sample)} of {size} documents; run again")
     return embedder, np.memmap(path, dtype=np.float32, mode="r", shape=(size, embedder.n_components_))
 
 
@@ -144,7 +143,8 @@ def _let_go(documents: list[Document]) -> Iterator[Document]:
 
 
 def _kmeans(config: ClusterConfig, vectors: NDArray[np.float32], tokens: NDArray[np.float64] | None) -> _Found:
-    n_batches = -(-len(vectors) // config.batch_documents)
+    # Each batch is balanced by itself, so it needs as many documents as there are clusters.
+    n_batches = min(-(-len(vectors) // config.batch_documents), len(vectors) // config.n_clusters)
     with progress("kmeans", "rounds") as shown:
         found = fit_kmeans(
             rows_of(vectors, n_batches) if n_batches > 1 else np.asarray(vectors),

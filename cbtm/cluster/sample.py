@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cbtm.cluster.domains import Snippet
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.corpus import Document
+from cbtm.errors import DataError
 
 CountTokens = Callable[[Sequence[str]], NDArray[np.int64]]
 _SNIPPET_CHARACTERS = 600
@@ -41,13 +42,19 @@ def reservoir(documents: Iterable[Document], size: int, random_state: int) -> tu
 
 
 def drawn(documents: Iterable[Document], size: int, total: int, random_state: int) -> Iterator[Document]:
-    """Stream a uniform sample of `size` of `total` documents, in reading order (Knuth 1997, algorithm 3.4.2S)."""
+    """Stream a uniform sample of `size` of `total` documents, in reading order (Knuth 1997, algorithm 3.4.2S).
+
+    Raises:
+        DataError: At the end, if there are not `total` documents: the corpus is no longer the one that was counted.
+    """
     rng = np.random.default_rng(random_state)
-    wanted = size
-    for left, document in zip(range(total, 0, -1), documents, strict=False):
-        if rng.random() * left < wanted:
+    wanted, n_read = size, 0
+    for n_read, document in enumerate(documents, start=1):
+        if wanted and rng.random() * (total - n_read + 1) < wanted:
             wanted -= 1
             yield document
+    if n_read != total:
+        raise DataError(f"the corpus changed while it was read: {total} documents at first, then {n_read}; run again")
 
 
 class FixedClusters:

@@ -40,6 +40,8 @@ _LONG = np.uint64(0xFF << 56)
 # Odd multipliers with well mixed bits: the golden ratio, and one of splitmix64 (Steele, Lea and Flood 2014).
 _MULTIPLIER, _PIECE_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 _LEAST_SLOTS_BITS = 10
+# At least. Half of the words of a text are stop words and such, not here; they should meet an empty slot at once.
+_SLOTS_PER_WORD = 4
 
 
 def words(text: str) -> list[str]:
@@ -256,16 +258,19 @@ class WordTable:
         return columns
 
     def _columns_of_keys(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+        # take(mode="clip") does not check indices one by one, and none is out of range.
         slots = self._first_slots(keys)
-        columns = self._slot_columns[slots]
-        pending = np.flatnonzero((self._slot_keys[slots] != keys) & (columns >= 0))
+        columns: NDArray[np.int32] = self._slot_columns.take(slots, mode="clip")
+        pending = np.flatnonzero(self._slot_keys.take(slots, mode="clip") != keys)
+        is_taken = columns[pending] >= 0
         columns[pending] = -1
+        pending = pending[is_taken]
         slots, keys = slots[pending], keys[pending]
         while len(pending):
             slots = slots + 1 & self._last_slot
-            found = self._slot_columns[slots]
-            is_it = self._slot_keys[slots] == keys
-            columns[pending] = np.where(is_it, found, -1)
+            found = self._slot_columns.take(slots, mode="clip")
+            is_it = self._slot_keys.take(slots, mode="clip") == keys
+            columns[pending[is_it]] = found[is_it]
             further = ~is_it & (found >= 0)
             pending, slots, keys = pending[further], slots[further], keys[further]
         return columns
@@ -287,8 +292,8 @@ class WordTable:
         for word in map(block.word, some.tolist()):
             self._append_spelling(word)
         self._keys.frombytes(keys.tobytes())
-        if 2 * len(self.words) > self._last_slot:
-            self._set_slots((2 * len(self.words)).bit_length() + 1)
+        if _SLOTS_PER_WORD * len(self.words) > self._last_slot:
+            self._set_slots((_SLOTS_PER_WORD * len(self.words)).bit_length() + 1)
             keys = np.frombuffer(self._keys, dtype=np.uint64)
         self._fill_slots(keys, np.arange(len(self.words) - len(keys), len(self.words), dtype=np.int32))
 

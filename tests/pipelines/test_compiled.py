@@ -119,4 +119,5 @@ def test_seed_comes_before_experts_and_experts_before_the_evaluation(spec):
     tasks = spec["root"]["dag"]["tasks"]
     assert "train-expert" in tasks["experts"]["dependentTasks"]
     assert {"experts", "score-expert"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
-    assert {"build-tokenizer", "fit-clusterer"} <= set(tasks["assign"]["dependentTasks"])
+    assert "build-tokenizer" in tasks["fit-clusterer"]["dependentTasks"]  # clusters may be balanced by tokens
+    assert "fit-clusterer" in tasks["assign"]["dependentTasks"]
