@@ -164,6 +164,16 @@ def _package(
     return best
 
 
+def check_backend(backend: Backend) -> None:
+    """Tell before any work whether a backend is there.
+
+    Raises:
+        ConfigError: If its package is not installed.
+    """
+    if backend == "balanced-kmeans":
+        _load_package()
+
+
 def _load_package() -> tuple[Any, Callable[..., Any]]:
     try:
         return importlib.import_module("torch"), importlib.import_module("balanced_kmeans").kmeans_equal

@@ -17,7 +17,7 @@ from cbtm.cluster import embedder as embedders
 from cbtm.cluster.drift import DistanceProfile
 from cbtm.cluster.embedder import TfidfSvdEmbedder
 from cbtm.cluster.kmeans import nearest_centers
-from cbtm.errors import ManifestError
+from cbtm.errors import ManifestError, StorageError
 
 CENTERS_FILE, SETTINGS_FILE, DOMAINS_FILE = "centers.safetensors", "clusterer.json", "domains.json"
 PROFILE_FILE = "profile.json"
@@ -89,15 +89,7 @@ class Clusterer:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        try:
-            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-            found = settings["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ManifestError(f"{folder} is no clusterer folder: {error}; fit the clusterer again") from error
-        if found != _FORMAT:
-            raise ManifestError(
-                f"{folder}: clusterer format {found!r}, this cbtm reads {_FORMAT}; fit the clusterer again"
-            )
+        settings = read_settings(str(folder))
         _check_files(folder, settings.get("files"))
         try:
             centers = load_file(folder / CENTERS_FILE)["centers"]
@@ -113,6 +105,22 @@ class Clusterer:
         if PROFILE_FILE not in settings["files"]:
             return cls(embedder, centers)
         return cls(embedder, centers, DistanceProfile.from_json(json.loads(profile.read_text()), source=str(profile)))
+
+
+def read_settings(uri: str) -> dict[str, Any]:
+    """What `clusterer.json` of a folder or s3:// prefix says; it costs one small read.
+
+    Raises:
+        ManifestError: If there is no clusterer, or one of another format.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, SETTINGS_FILE)))
+        found = settings["format"]
+    except (StorageError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{uri} is no clusterer folder: {error}; fit the clusterer again") from error
+    if found != _FORMAT:
+        raise ManifestError(f"{uri}: clusterer format {found!r}, this cbtm reads {_FORMAT}; fit the clusterer again")
+    return settings
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

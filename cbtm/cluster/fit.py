@@ -23,7 +23,7 @@ from cbtm.cluster.drift import DistanceProfile
 from cbtm.cluster.embedder import TfidfSvdEmbedder
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.cluster.kmeans import nearest_centers, squared_distances
-from cbtm.cluster.sample import CountTokens, FixedClusters, Sample, drawn, in_reading_order, reservoir, rows_of
+from cbtm.cluster.sample import CountTokens, FixedClusters, RowBatches, Sample, dealt, drawn, reservoir
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, DataError
 from cbtm.progress import progress
@@ -59,10 +59,13 @@ def fit_clusterer(
         Facts about the fit: documents, sizes of the clusters, inertia, rounds, explained energy.
 
     Raises:
-        ConfigError: If there are more clusters than documents, or a fixed cluster has none.
+        ConfigError: If there are more clusters than documents, a fixed cluster has none, or a given clusterer has
+            another number of clusters.
         DataError: If there are no documents, or none with a countable word, or their number changed before they
             were read a second time.
     """
+    if given is not None and given.n_clusters != config.n_clusters:
+        raise ConfigError(f"cluster.n_clusters={config.n_clusters}, but the given clusterer has {given.n_clusters}")
     assigned = None if fixed is None else FixedClusters(fixed)
     if assigned is not None:
         documents = assigned.only_with(documents)
@@ -145,19 +148,23 @@ def _let_go(documents: list[Document]) -> Iterator[Document]:
 def _kmeans(config: ClusterConfig, vectors: NDArray[np.float32], tokens: NDArray[np.float64] | None) -> _Found:
     # Each batch is balanced by itself, so it needs as many documents as there are clusters.
     n_batches = min(-(-len(vectors) // config.batch_documents), len(vectors) // config.n_clusters)
+    rows = dealt(len(vectors), n_batches, config.random_state)
+    order = np.concatenate(rows)
     with progress("kmeans", "rounds") as shown:
         found = fit_kmeans(
-            rows_of(vectors, n_batches) if n_batches > 1 else np.asarray(vectors),
+            RowBatches(vectors, rows) if n_batches > 1 else np.asarray(vectors),
             config.n_clusters,
             backend=config.backend,
             random_state=config.random_state,
             n_init=config.n_init,
             max_iterations=config.max_iterations,
-            weights=None if tokens is None else np.concatenate(rows_of(tokens, n_batches)),
+            weights=None if tokens is None else tokens[order],
             device=config.device,
             progress=lambda done, inertia: shown.update(done, None, inertia=f"{inertia:.6g}"),
         )
-    return _Found(found.cluster_centers_, in_reading_order(found.labels_, n_batches), found.history_)
+    labels = np.empty_like(found.labels_)
+    labels[order] = found.labels_
+    return _Found(found.cluster_centers_, labels, found.history_)
 
 
 def _means(vectors: NDArray[np.float32], labels: NDArray[np.int32], n_clusters: int) -> _Found:

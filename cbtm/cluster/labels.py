@@ -32,7 +32,7 @@ def read_labels(root: str, paths: Sequence[str]) -> dict[str, str]:
         StorageError: If a file cannot be read.
     """
     labels: dict[str, str] = {}
-    for path, uri in _label_files(root, paths):
+    for path, uri in label_files(root, paths):
         for number, (sp_id, domain) in enumerate(_read(uri), start=1):
             name = _as_in_corpus(sp_id, path)
             if labels.setdefault(name, domain) != domain:
@@ -43,8 +43,12 @@ def read_labels(root: str, paths: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _label_files(root: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each corpus file with the URI of its labels."""
+def label_files(root: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each corpus file with the URI of its labels.
+
+    Raises:
+        DataError: If a corpus file has no labels, or labels in two forms.
+    """
     candidates = [_stem(path) + suffix for path in paths for suffix in _LABEL_SUFFIXES]
     sizes = storage.sizes(root, candidates)
     for path in paths:

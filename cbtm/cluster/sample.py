@@ -153,17 +153,23 @@ class Sample:
         self._snippets.close()
 
 
-def rows_of(vectors: NDArray[Any], n_batches: int) -> list[NDArray[Any]]:
-    """`vectors` dealt into batches that each run through the whole corpus; views, nothing is copied."""
-    return [vectors[number::n_batches] for number in range(n_batches)]
+def dealt(n_rows: int, n_batches: int, random_state: int) -> list[NDArray[np.int64]]:
+    """Deal rows at random into batches of equal size, to within one; each int64, increasing.
+
+    Not every n-th row: where a corpus takes turns between its sources, a batch would hold one source alone.
+    """
+    order = np.random.default_rng(random_state).permutation(n_rows)
+    return [np.sort(order[number::n_batches]) for number in range(n_batches)]
 
 
-def in_reading_order(dealt: NDArray[Any], n_batches: int) -> NDArray[Any]:
-    """Undo `rows_of` for values that lie batch after batch."""
-    restored = np.empty_like(dealt)
-    start = 0
-    for number in range(n_batches):
-        own = restored[number::n_batches]
-        own[:] = dealt[start : start + len(own)]
-        start += len(own)
-    return restored
+class RowBatches(Sequence[NDArray[np.float32]]):
+    """Batches of the rows of a matrix that may lie on disk, shape (n, d); each is read when it is asked for."""
+
+    def __init__(self, vectors: NDArray[np.float32], rows: Sequence[NDArray[np.int64]]) -> None:
+        self._vectors, self._rows = vectors, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._vectors[self._rows[number]]

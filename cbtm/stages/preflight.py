@@ -6,6 +6,11 @@ from pathlib import Path
 from cbtm import storage
 from cbtm.branch.seed import check_vocabulary, model_files
 from cbtm.branch.tokenizer import TextTokenizer, fetch_tokenizer
+from cbtm.cluster.backends import check_backend
+from cbtm.cluster.clusterer import read_settings
+from cbtm.cluster.devices import find_device
+from cbtm.cluster.labels import label_files
+from cbtm.errors import ConfigError
 from cbtm.plan import Plan
 from cbtm.run import CONFIG_FILE, Run, RunConfig
 from cbtm.stages.tracked import open_parent
@@ -15,16 +20,37 @@ def plan(run: Run) -> Plan:
     """Check the inputs, list the corpus, write plan.json, and open the run in the tracker.
 
     Raises:
-        ConfigError: If seed model and tokenizer are not there or do not belong together.
-        DataError: If a split is empty.
+        ConfigError: If seed model and tokenizer are not there or do not belong together, a given clusterer has
+            another number of clusters, or what k-means shall run on is not there.
+        DataError: If a split is empty, or a corpus file has no labels or assignments where they are given.
+        ManifestError: If a given clusterer is none.
         StorageError: If the root cannot be written, or the corpus cannot be read.
     """
     storage.check_writable(run.config.root)
     made = run.make_plan()
     storage.write_bytes(run.uri(CONFIG_FILE), run.config.model_dump_json(indent=1).encode())
     _check_seed(run.config)
+    _check_cluster(run)
     open_parent(run)
     return made
+
+
+def _check_cluster(run: Run) -> None:
+    config = run.config.cluster
+    if config.path is not None:
+        n_clusters = read_settings(config.path)["n_clusters"]
+        if n_clusters != config.n_clusters:
+            raise ConfigError(
+                f"cluster.n_clusters={config.n_clusters}, but the clusterer at {config.path} has {n_clusters}"
+            )
+    paths = run.paths("train")
+    if (fixed := run.fixed_assignments) is not None:
+        fixed.digest(paths)  # every corpus file has its assignments
+    if config.labels is not None:
+        for _ in label_files(config.labels, paths):
+            pass
+    check_backend(config.backend)
+    find_device(config.device)
 
 
 def _check_seed(config: RunConfig) -> None:

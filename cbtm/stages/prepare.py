@@ -16,7 +16,6 @@ from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.labels import read_labels
 from cbtm.cluster.sample import CountTokens
 from cbtm.corpus import Document, ReadCounts
-from cbtm.errors import ConfigError
 from cbtm.progress import progress
 from cbtm.run import Run
 
@@ -75,12 +74,7 @@ def _given_clusterer(run: Run, scratch: Path) -> Clusterer | None:
         storage.download(uri, folder, [file.path for file in storage.list_files(uri)])
     else:
         folder = storage.local_path(uri)
-    given = Clusterer.load(folder)
-    if given.n_clusters != run.config.cluster.n_clusters:
-        raise ConfigError(
-            f"cluster.n_clusters={run.config.cluster.n_clusters}, but the clusterer at {uri} has {given.n_clusters}"
-        )
-    return given
+    return Clusterer.load(folder)
 
 
 def _encoder(run: Run, scratch: Path) -> TextTokenizer:

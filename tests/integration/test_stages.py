@@ -11,10 +11,10 @@ import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
-from safetensors.numpy import load_file, save_file
 from small import settings
 
 from cbtm import stages, storage
+from cbtm.cluster.clusterer import Clusterer
 from cbtm.errors import ConfigError, DataError, ManifestError, StorageError
 from cbtm.manifest import run_stage
 from cbtm.run import Run, RunConfig, parse_config
@@ -250,9 +250,9 @@ def test_given_seed_model_is_taken_over_with_its_tokenizer(made, corpus, tmp_pat
 def test_cluster_without_documents_is_refused_and_never_trained_on_everything(corpus, tmp_path):
     def far_centre(work: Path) -> dict[str, Any]:
         facts = prepare.cluster(run, work)
-        centers = load_file(work / "centers.safetensors")["centers"]
-        centers[1] = 100.0  # nothing on the unit sphere is near
-        save_file({"centers": centers}, work / "centers.safetensors")
+        clusterer = Clusterer.load(work)
+        clusterer.centers[1] = 100.0  # nothing on the unit sphere is near
+        clusterer.save(work, json.loads((work / "domains.json").read_text()))
         return facts
 
     run = make_run(settings(str(corpus), str(tmp_path / "out"), None))
