@@ -17,8 +17,10 @@ from cbtm import manifest as manifests
 from cbtm import storage
 from cbtm.branch.tokenizer import TokenizerConfig
 from cbtm.cluster.assigner import LEARNED, RANDOM, AssignConfig, token_shard
+from cbtm.cluster.clusterer import DECIDING_FILES
 from cbtm.cluster.config import ClusterConfig
 from cbtm.cluster.fixed import FixedAssignments
+from cbtm.cluster.labels import labels_digest
 from cbtm.config import Config, apply_overrides, digest_of, parse_text, read_file
 from cbtm.corpus import CorpusConfig, Document, ReadCounts, read_files
 from cbtm.errors import ConfigError, ManifestError
@@ -219,18 +221,30 @@ class Run:
         config = self.config.cluster
         inputs = {"corpus": self.plan_made.digest("train")}
         if config.path is not None:
-            inputs["given"] = _folder_digest(config.path)
+            inputs["given"] = _folder_digest(config.path, "a clusterer folder")
         if (fixed := self.fixed_assignments) is not None:
             inputs["assignments"] = fixed.digest(self.paths("train"))
+        if config.labels is not None:
+            inputs["labels"] = labels_digest(config.labels, self.paths("train"))
         if config.needs_tokens:
             inputs["tokenizer"] = self.load(self.tokenizer_spec()).digest
         return StageSpec("cluster", self.uri("clusterer"), config.digest(), inputs)
+
+    @property
+    def clusterer_digest(self) -> str:
+        """Identity of what decides where a document belongs, without what only describes the domains.
+
+        So known labels or more examples for the report train no expert again.
+        """
+        made = self.load(self.cluster_spec())
+        deciding = [[file.path, file.sha256] for file in made.files if file.path in DECIDING_FILES]
+        return digest_of([deciding, made.inputs.get("assignments")])
 
     def assign_spec(self, group: str) -> StageSpec:
         """Identity of one shard group's assignment and token shards."""
         inputs = {
             "corpus": self.plan_made.group(group).digest,
-            "clusterer": self.load(self.cluster_spec()).digest,
+            "clusterer": self.clusterer_digest,
             "tokenizer": self.load(self.tokenizer_spec()).digest,
         }
         digest = digest_of(self.config.assign.model_dump(mode="json", exclude={"max_groups", "processes"}))
@@ -356,11 +370,11 @@ class Run:
 
 
 @cache
-def _folder_digest(uri: str) -> str:
+def _folder_digest(uri: str, expected: str = "a Hugging Face folder") -> str:
     """Identity of a given folder's content: sha256 of local files, ETags in S3."""
     files = storage.list_files(uri)
     if not files:
-        raise ConfigError(f"{uri} is empty or not there; expected a Hugging Face folder")
+        raise ConfigError(f"{uri} is empty or not there; expected {expected}")
     local = not storage.is_s3(uri)
     return digest_of(
         [[file.path, storage.sha256(storage.join(uri, file.path)) if local else file.version] for file in files]

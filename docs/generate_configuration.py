@@ -56,7 +56,10 @@ Some rules span several fields and are checked before any work:
 - `seed_model.training.context_length` equals `train.context_length`.
 - `evaluate.top_k` lies between 1 and `cluster.n_clusters`.
 - `train.random_clusters` needs `assign.random_clusters`.
-- `cluster.n_clusters` is at most `cluster.max_documents`.
+- `cluster.n_clusters` is at most `cluster.max_documents` and `cluster.batch_documents`.
+- `cluster.path` and `cluster.assignments` exclude each other.
+- `cluster.balance: tokens` needs `cluster.backend: balanced`; so does `cluster.max_documents` above
+  `cluster.batch_documents`.
 - `warmup_steps` is below `steps`; in `train`, `micro_batch_size` is at most `sequences_per_step`.
 - `seed_model.scratch.hidden_size` is a multiple of `n_heads`.
 - `tracking.uri` holds no credentials.

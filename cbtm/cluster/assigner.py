@@ -259,7 +259,7 @@ def _share(work: _Work, tools: Tools, todo: list[int], shown: Progress, done: in
                 done += 1
                 shown.update(done, len(work.group.files))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

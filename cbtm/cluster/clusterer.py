@@ -21,6 +21,8 @@ from cbtm.errors import ManifestError, StorageError
 
 CENTERS_FILE, SETTINGS_FILE, DOMAINS_FILE = "centers.safetensors", "clusterer.json", "domains.json"
 PROFILE_FILE = "profile.json"
+# What decides to which cluster a text belongs; the other files describe it.
+DECIDING_FILES = (embedders.SETTINGS_FILE, embedders.ARRAYS_FILE, CENTERS_FILE)
 _FORMAT = 2
 
 
@@ -69,7 +71,7 @@ class Clusterer:
             _write_json(folder / PROFILE_FILE, self.profile.to_json())
         if domains is not None:
             _write_json(folder / DOMAINS_FILE, domains)
-        names = (embedders.SETTINGS_FILE, embedders.ARRAYS_FILE, CENTERS_FILE, PROFILE_FILE, DOMAINS_FILE)
+        names = (*DECIDING_FILES, PROFILE_FILE, DOMAINS_FILE)
         settings = {
             "format": _FORMAT,
             "n_clusters": self.n_clusters,

@@ -60,6 +60,11 @@ class ClusterConfig(Config):
                 raise ValueError(f"n_clusters={self.n_clusters} is larger than {name}={getattr(self, name)}")
         if self.path is not None and self.assignments is not None:
             raise ValueError("path and assignments exclude each other: one gives the centres, the other makes them")
+        if self.max_documents > self.batch_documents and self.backend != "balanced":
+            raise ValueError(
+                f"backend={self.backend!r} takes all documents at once; set max_documents={self.max_documents} to at "
+                f"most batch_documents={self.batch_documents}"
+            )
         if self.balance == "tokens" and self.backend != "balanced":
             raise ValueError(f"balance='tokens' needs backend='balanced', not {self.backend!r}")
         return self

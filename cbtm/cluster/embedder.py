@@ -73,7 +73,7 @@ class TfidfSvdEmbedder:
         *,
         n_components: int = 100,
         min_document_frequency: int = 1,
-        svd_iterations: int = 11,
+        svd_iterations: int = 10,
         random_state: int = 0,
     ) -> None:
         for name, value, least in (
@@ -108,12 +108,18 @@ class TfidfSvdEmbedder:
         Raises:
             DataError: As for `fit`.
         """
-        counts = self._learn_vocabulary(texts)
-        tfidf = self._weigh(counts)
-        self._learn_projection(tfidf)
-        vectors: NDArray[np.float32] = tfidf @ np.ascontiguousarray(self.components_.T)
+        counts, words = self._count(texts)
+        tfidf, idf = _weighed(counts)
+        _, directions = leading_directions(
+            tfidf, self.n_components, iterations=self.svd_iterations, random_state=self.random_state
+        )
+        self._warn_if_reduced(tfidf, directions.shape[1])
+        vectors: NDArray[np.float32] = tfidf @ directions
         filled_rows = int(np.count_nonzero(np.diff(tfidf.indptr)))  # ||A||^2: every row with a word has norm 1
         self.explained_energy_ = min(1.0, float(np.square(vectors, dtype=np.float64).sum() / filled_rows))
+        order = sorted(range(len(words)), key=words.__getitem__)
+        self.vocabulary_ = {words[column]: place for place, column in enumerate(order)}
+        self._set_arrays(idf[order], directions[order].T)
         return _unit_rows(vectors)
 
     def transform(self, texts: Iterable[str]) -> NDArray[np.float32]:
@@ -177,7 +183,7 @@ class TfidfSvdEmbedder:
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"idf": self.idf_, "components": self.components_}, folder / ARRAYS_FILE)
+        save_file({"idf": self.idf_, "components": np.ascontiguousarray(self.components_)}, folder / ARRAYS_FILE)
         settings = {
             "format_version": FORMAT_VERSION,
             **{name: getattr(self, name) for name in _SETTINGS},
@@ -270,8 +276,13 @@ class TfidfSvdEmbedder:
         words = list(self.vocabulary_)
         return WordTable(words[column] for column in order.tolist()), self.word_vectors_[order]
 
-    def _learn_vocabulary(self, texts: Iterable[str]) -> csr_matrix:
-        """Count words in one pass and keep those that are features; returns counts, float32, shape (n, V)."""
+    def _count(self, texts: Iterable[str]) -> tuple[csr_matrix, list[str]]:
+        """Count the words that are features, in one pass.
+
+        Returns:
+            Counts, float32, shape (n, V), and the words, in the order in which they are first seen: frequent ones come
+            early, so that products with the matrix find their rows in the cache.
+        """
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
         table = WordTable()
@@ -279,46 +290,41 @@ class TfidfSvdEmbedder:
         self.n_documents_ = counts.shape[0]
         if self.n_documents_ == 0:
             raise DataError("there is no text to fit on; check that the corpus split is not empty")
-        document_frequency = np.bincount(counts.indices, minlength=len(table))
+        frequent = np.bincount(counts.indices, minlength=len(table)) >= self.min_document_frequency
         words = [word.decode("utf-8", "surrogatepass") for word in table.words]
-        kept = sorted(
-            (word, column)
-            for column, word in enumerate(words)
-            if document_frequency[column] >= self.min_document_frequency and _is_feature(word, ENGLISH_STOP_WORDS)
-        )
+        kept = [
+            column
+            for column, (word, is_frequent) in enumerate(zip(words, frequent.tolist(), strict=True))
+            if is_frequent and _is_feature(word, ENGLISH_STOP_WORDS)
+        ]
         if not kept:
             raise DataError(
                 f"no word is left in {self.n_documents_} documents without stop words, numbers and words in fewer "
                 f"than min_document_frequency={self.min_document_frequency} documents; "
                 "check the texts or lower min_document_frequency"
             )
-        self.vocabulary_ = {word: column for column, (word, _) in enumerate(kept)}
-        return renumbered(counts, np.array([column for _, column in kept]))
+        return renumbered(counts, np.array(kept)), [words[column] for column in kept]
 
-    def _weigh(self, counts: csr_matrix) -> csr_matrix:
-        """Scale counts (n, V) to tf-idf rows of unit length, in place."""
-        n_documents, n_words = counts.shape
-        document_frequency = np.bincount(counts.indices, minlength=n_words)
-        self.idf_ = (np.log((1 + n_documents) / (1 + document_frequency)) + 1).astype(np.float32)
-        counts.data *= self.idf_[counts.indices]
-        rows = np.repeat(np.arange(n_documents), np.diff(counts.indptr))
-        lengths = np.sqrt(np.bincount(rows, weights=np.square(counts.data, dtype=np.float64), minlength=n_documents))
-        counts.data /= lengths[rows].astype(np.float32)
-        return counts
-
-    def _learn_projection(self, tfidf: csr_matrix) -> None:
-        """Set `components_` and what follows from them by a truncated SVD of tf-idf rows (n, V)."""
-        _, components = leading_directions(
-            tfidf, self.n_components, iterations=self.svd_iterations, random_state=self.random_state
-        )
-        if len(components) < self.n_components:
+    def _warn_if_reduced(self, tfidf: csr_matrix, n_components: int) -> None:
+        if n_components < self.n_components:
             logger.warning(
                 "n_components=%d reduced to %d: %d documents with %d words span no more directions",
                 self.n_components,
-                len(components),
+                n_components,
                 *tfidf.shape,
             )
-        self._set_arrays(self.idf_, components)
+
+
+def _weighed(counts: csr_matrix) -> tuple[csr_matrix, NDArray[np.float32]]:
+    """Counts (n, V) scaled to tf-idf rows of unit length, in place, and the idf (V,)."""
+    n_documents, n_words = counts.shape
+    document_frequency = np.bincount(counts.indices, minlength=n_words)
+    idf = (np.log((1 + n_documents) / (1 + document_frequency)) + 1).astype(np.float32)
+    counts.data *= idf[counts.indices]
+    rows = np.repeat(np.arange(n_documents), np.diff(counts.indptr))
+    lengths = np.sqrt(np.bincount(rows, weights=np.square(counts.data, dtype=np.float64), minlength=n_documents))
+    counts.data /= lengths[rows].astype(np.float32)
+    return counts, idf
 
 
 def _is_word(word: str) -> bool:

@@ -53,19 +53,21 @@ def fit_clusterer(
         given: A clusterer that is there already (`config.path`).
         fixed: Given clusters of the documents (`config.assignments`).
         labels: Known domains by sp_id (`config.labels`).
-        count_tokens: Counts the tokens of texts; for `config.balance="tokens"`.
+        count_tokens: Counts the tokens of texts; `config.balance="tokens"` needs it.
 
     Returns:
         Facts about the fit: documents, sizes of the clusters, inertia, rounds, explained energy.
 
     Raises:
-        ConfigError: If there are more clusters than documents, a fixed cluster has none, or a given clusterer has
-            another number of clusters.
+        ConfigError: If there are more clusters than documents, a fixed cluster has none, a given clusterer has another
+            number of clusters, or nothing counts the tokens that are to be balanced.
         DataError: If there are no documents, or none with a countable word, or their number changed before they
             were read a second time.
     """
     if given is not None and given.n_clusters != config.n_clusters:
         raise ConfigError(f"cluster.n_clusters={config.n_clusters}, but the given clusterer has {given.n_clusters}")
+    if config.needs_tokens and count_tokens is None:
+        raise ConfigError("cluster.balance='tokens' needs a tokenizer that counts them; pass count_tokens")
     assigned = None if fixed is None else FixedClusters(fixed)
     if assigned is not None:
         documents = assigned.only_with(documents)
@@ -92,7 +94,8 @@ def fit_clusterer(
             true_labels=sample.true_labels,
         )
         clusterer.save(folder, domains)
-        return _facts(clusterer, found, domains, sample.tokens)
+        facts = _facts(clusterer, found, domains, sample.tokens)
+        return facts if assigned is None else {**facts, "unassigned": assigned.missing}
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _kmeans(config: ClusterConfig, vectors: NDArray[np.float32], tokens: NDArray
             random_state=config.random_state,
             n_init=config.n_init,
             max_iterations=config.max_iterations,
-            weights=None if tokens is None else tokens[order],
+            weights=tokens[order] if tokens is not None and config.balance == "tokens" else None,
             device=config.device,
             progress=lambda done, inertia: shown.update(done, None, inertia=f"{inertia:.6g}"),
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import orjson
 
 from cbtm import storage
+from cbtm.config import digest_of
 from cbtm.corpus import SUFFIXES, read_lines
 from cbtm.errors import DataError
 
@@ -59,6 +60,18 @@ def label_files(root: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
         if len(found) > 1:
             raise DataError(f"{' and '.join(found)} below {root} are the labels of one file, {path}; remove one")
         yield path, storage.join(root, found[0])
+
+
+def labels_digest(root: str, paths: Sequence[str]) -> str:
+    """Identity of the labels of corpus files: sha256 of local files, ETags in S3.
+
+    Raises:
+        DataError: As for `label_files`.
+    """
+    if not storage.is_s3(root):
+        return digest_of([[path, storage.sha256(uri)] for path, uri in label_files(root, paths)])
+    versions = {storage.join(root, file.path): file.version for file in storage.list_files(root)}
+    return digest_of([[path, versions[uri]] for path, uri in label_files(root, paths)])
 
 
 def _read(uri: str) -> Iterator[tuple[str, str]]:

@@ -41,39 +41,46 @@ def leading_directions(
         random_state: Seed of the start.
 
     Returns:
-        Singular values, float32, shape (r,), falling, and the vectors, float32, shape (r, m), with the largest entry
+        Singular values, float32, shape (r,), falling, and the vectors, float32, shape (m, r), with the largest entry
         of each positive; r is d, or the rank of the matrix if that is smaller.
     """
     if matrix.shape[0] <= _EXACT_ROWS:
         images = matrix.T.toarray()  # the basis is every row
     else:
-        images = matrix.T @ _krylov_basis(matrix, n_directions, iterations, np.random.default_rng(random_state))
+        images = _krylov_images(matrix, n_directions, iterations, np.random.default_rng(random_state))
     # Rayleigh-Ritz: the best directions within the span of the images, shape (m, basis).
     strengths, coordinates = _decomposed_gram(images.T @ images, n_directions)
-    directions = np.ascontiguousarray((images @ (coordinates / strengths[:, None]).T).T)
+    directions = images @ (coordinates / strengths)
     # The sign of a singular vector is free, and libraries differ.
-    largest = np.abs(directions).argmax(axis=1)
-    directions *= np.sign(directions[np.arange(len(directions)), largest])[:, None]
+    largest = np.abs(directions).argmax(axis=0)
+    directions *= np.sign(directions[largest, np.arange(len(strengths))])
     return strengths, directions
 
 
-def _krylov_basis(
+def _krylov_images(
     matrix: csr_matrix, n_directions: int, iterations: int, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Orthonormal directions, shape (n, about n_directions / 5 * (iterations + 1)), that hold the leading ones."""
+    """Images under the transposed matrix of an orthonormal basis, shape (m, about n_directions / 5 * (iterations + 1)).
+
+    The basis, in the space of the rows, grows by a block at each step: what the matrix makes of the last block's image,
+    without what the basis spans already.
+    """
     n_rows, n_columns = matrix.shape
     width = max(_LEAST_BLOCK, math.ceil(_BLOCK_PART * n_directions))
-    n_steps = max(iterations, math.ceil(n_directions / width) - 1)
-    basis = np.empty((n_rows, 0), dtype=np.float32)
-    block = matrix @ rng.standard_normal((n_columns, width), dtype=np.float32)
-    for step in range(n_steps + 1):
-        if step:
-            block = matrix @ (matrix.T @ block)
-        block = _orthonormal_to(basis, block)
+    n_blocks = max(iterations, math.ceil(n_directions / width) - 1) + 1
+    transposed = matrix.T.tocsr()  # a product by rows writes in order
+    basis = np.empty((n_rows, n_blocks * width), dtype=np.float32)
+    images = np.empty((n_columns, n_blocks * width), dtype=np.float32)
+    image, done = rng.standard_normal((n_columns, width), dtype=np.float32), 0
+    for _ in range(n_blocks):
+        block = _orthonormal_to(basis[:, :done], matrix @ image)
         if not block.shape[1]:
             break  # the basis spans all that the matrix does
-        basis = np.concatenate([basis, block], axis=1)
-    return basis
+        image = transposed @ block
+        new = slice(done, done + block.shape[1])
+        basis[:, new], images[:, new] = block, image
+        done = new.stop
+    return images[:, :done]
 
 
 def _orthonormal_to(basis: NDArray[np.float32], block: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,9 +96,8 @@ def _orthonormal_to(basis: NDArray[np.float32], block: NDArray[np.float32]) -> N
 
 
 def _decomposed_gram(gram: NDArray[np.float32], n_directions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Roots of the largest eigenvalues, falling, and their eigenvectors as rows."""
+    """Roots of the largest eigenvalues, falling, and their eigenvectors as columns."""
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     strengths = np.sqrt(np.maximum(values[::-1][:n_directions], 0))
-    n_real = int(np.count_nonzero(strengths > max(_RANK_TOLERANCE * strengths[0], 0)))
-    rows = vectors[:, ::-1][:, :n_real].T
-    return strengths[:n_real].astype(np.float32), rows.astype(np.float32)
+    n_real = int(np.count_nonzero(strengths > _RANK_TOLERANCE * strengths[0]))
+    return strengths[:n_real].astype(np.float32), vectors[:, ::-1][:, :n_real].astype(np.float32)

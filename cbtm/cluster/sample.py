@@ -58,10 +58,15 @@ def drawn(documents: Iterable[Document], size: int, total: int, random_state: in
 
 
 class FixedClusters:
-    """Looks up the fixed assignment of documents; those of one file come one after the other."""
+    """Looks up the fixed assignment of documents; those of one file come one after the other.
+
+    Attributes:
+        missing: Documents without an assignment in the last pass.
+    """
 
     def __init__(self, fixed: FixedAssignments) -> None:
         self._fixed, self._path = fixed, ""
+        self.missing = 0
         self._of_line: Mapping[int, int] = {}
 
     def get(self, document: Document) -> int | None:
@@ -72,8 +77,16 @@ class FixedClusters:
         return self._of_line.get(int(line))
 
     def only_with(self, documents: Iterable[Document]) -> "_Reiterable":
-        """Those of `documents` that have an assignment."""
-        return _Reiterable(lambda: (document for document in documents if self.get(document) is not None))
+        """Those of `documents` that have an assignment; as often as one likes."""
+        return _Reiterable(lambda: self._with_cluster(documents))
+
+    def _with_cluster(self, documents: Iterable[Document]) -> Iterator[Document]:
+        self.missing = 0
+        for document in documents:
+            if self.get(document) is not None:
+                yield document
+            else:
+                self.missing += 1
 
 
 class _Reiterable:
@@ -154,12 +167,14 @@ class Sample:
 
 
 def dealt(n_rows: int, n_batches: int, random_state: int) -> list[NDArray[np.int64]]:
-    """Deal rows at random into batches of equal size, to within one; each int64, increasing.
+    """Deal rows into batches of equal size, to within one; each int64, increasing.
 
-    Not every n-th row: where a corpus takes turns between its sources, a batch would hold one source alone.
+    Of every `n_batches` rows each batch gets one, at random: a corpus may take turns between its sources, as well as
+    hold one after the other.
     """
-    order = np.random.default_rng(random_state).permutation(n_rows)
-    return [np.sort(order[number::n_batches]) for number in range(n_batches)]
+    rng = np.random.default_rng(random_state)
+    decks = rng.permuted(np.arange(-(-n_rows // n_batches) * n_batches).reshape(-1, n_batches), axis=1)
+    return [rows[rows < n_rows] for rows in decks.T]
 
 
 class RowBatches(Sequence[NDArray[np.float32]]):

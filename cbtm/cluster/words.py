@@ -14,6 +14,7 @@ transform. Here a block of texts is one buffer of lower-cased UTF-8, and every s
 
 from __future__ import annotations
 
+import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -243,8 +244,8 @@ class WordTable:
             self._append(block, here, block.keys[here])
         else:
             self._same_key[word] = len(self.words)
-            self._append_spelling(word)
-            self._keys.append(0)  # no word has this key, so that the column has no slot of its own
+            # No word has the key 0, so that the column has no slot of its own.
+            self._append_spelling([word], np.zeros(1, dtype=np.uint64))
         return len(self.words) - 1
 
     def _find(self, block: WordBlock, some: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -289,19 +290,21 @@ class WordTable:
         return same
 
     def _append(self, block: WordBlock, some: NDArray[np.int64], keys: NDArray[np.uint64]) -> None:
-        for word in map(block.word, some.tolist()):
-            self._append_spelling(word)
-        self._keys.frombytes(keys.tobytes())
+        self._append_spelling([block.word(index) for index in some.tolist()], keys)
         if _SLOTS_PER_WORD * len(self.words) > self._last_slot:
             self._set_slots((_SLOTS_PER_WORD * len(self.words)).bit_length() + 1)
             keys = np.frombuffer(self._keys, dtype=np.uint64)
         self._fill_slots(keys, np.arange(len(self.words) - len(keys), len(self.words), dtype=np.int32))
 
-    def _append_spelling(self, word: bytes) -> None:
-        self.words.append(word)
-        self._spelling_starts.append(len(self._spelling))
-        self._lengths.append(len(word))
-        self._spelling += word.ljust(-(-len(word) // _PIECE) * _PIECE, b"\0")
+    def _append_spelling(self, words: list[bytes], keys: NDArray[np.uint64]) -> None:
+        lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+        filled = -(-lengths // _PIECE) * _PIECE
+        starts = len(self._spelling) + np.cumsum(filled) - filled
+        self.words += words
+        self._keys.frombytes(keys.tobytes())
+        self._lengths.frombytes(lengths.tobytes())
+        self._spelling_starts.frombytes(starts.tobytes())
+        self._spelling += b"".join(map(bytes.ljust, words, filled.tolist(), itertools.repeat(b"\0")))
 
     def _set_slots(self, bits: int) -> None:
         self._shift, self._last_slot = np.uint64(64 - bits), (1 << bits) - 1

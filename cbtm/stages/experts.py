@@ -96,7 +96,7 @@ def _optimization(run: Run, member: Member) -> OptimizationConfig:
 
 def _bindings(run: Run, member: Member) -> dict[str, Any]:
     digests = {
-        "clusterer": run.load(run.cluster_spec()).digest,
+        "clusterer": run.clusterer_digest,
         "tokenizer": run.load(run.tokenizer_spec()).digest,
         "seed": None if member.kind == "seed" else run.load(run.train_spec(Member("seed"))).digest,
     }

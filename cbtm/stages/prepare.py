@@ -13,6 +13,7 @@ from cbtm.branch.tokenizer import TextTokenizer, build_tokenizer
 from cbtm.cluster.assigner import assign_group
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.fit import fit_clusterer
+from cbtm.cluster.fixed import NO_ASSIGNMENT
 from cbtm.cluster.labels import read_labels
 from cbtm.cluster.sample import CountTokens
 from cbtm.corpus import Document, ReadCounts
@@ -43,6 +44,8 @@ def cluster(run: Run, work: Path) -> dict[str, Any]:
         labels=read_labels(config.labels, run.paths("train")) if config.labels is not None else None,
         count_tokens=_token_counter(_encoder(run, scratch)) if config.needs_tokens else None,
     )
+    for _ in range(facts.pop("unassigned", 0)):
+        counts.skip(NO_ASSIGNMENT)
     return {**facts, "skipped": counts.skipped}
 
 

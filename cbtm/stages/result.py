@@ -78,7 +78,7 @@ def read_domains(path: Path) -> dict[str, Any]:
 
 def _check_bindings(run: Run, scratch: Path) -> None:
     """Refuse an expert that was trained for another cluster, or under another clusterer, than the router's."""
-    clusterer = run.load(run.cluster_spec()).digest
+    clusterer = run.clusterer_digest
     for member in run.config.members:
         spec = run.train_spec(member)
         found = json.loads(storage.read_bytes(storage.join(spec.root, EXPERT_FILE)))

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -217,7 +218,9 @@ def test_centres_of_another_shape_are_refused(fitted, shape):
     [
         ('{"format": 1, "n_clusters": 3}', "clusterer format 1, this cbtm reads 2"),
         ('{"format": 2, "n_clusters": 3}', "does not name the files"),
-        ('{"format": 2, "files": {"centers.safetensors": "", "../x": ""}}', "names '../x'|was changed"),
+        ('{"format": 3, "n_clusters": 3}', "clusterer format 3, this cbtm reads 2"),
+        ('{"format": 2, "files": ["centers.safetensors"]}', "does not name the files"),
+        ('{"format": 2, "files": {"embedder.json": "00"}}', "does not name the files"),
         ('{"n_clusters": 3}', "is no clusterer folder: 'format'"),
         ("[]", "is no clusterer folder"),
     ],
@@ -226,3 +229,85 @@ def test_settings_of_another_form_are_refused(fitted, content, message):
     (fitted[0] / "clusterer.json").write_text(content)
     with pytest.raises(ManifestError, match=message):
         Clusterer.load(fitted[0])
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "deep/file.json", "./centers.safetensors"])
+def test_a_file_name_that_leaves_the_folder_is_refused(fitted, name):
+    folder, _ = fitted
+    (folder.parent / "outside.json").write_text("{}")
+    settings = json.loads((folder / "clusterer.json").read_text())
+    digest = hashlib.sha256(b"{}").hexdigest()
+    (folder / "clusterer.json").write_text(json.dumps(settings | {"files": settings["files"] | {name: digest}}))
+    with pytest.raises(ManifestError, match=f"clusterer.json names '{name}', which lies outside the folder"):
+        Clusterer.load(folder)
+
+
+@pytest.mark.parametrize("name", [".", "..", ""])
+def test_a_file_name_that_is_a_folder_is_refused(fitted, name):
+    folder, _ = fitted
+    settings = json.loads((folder / "clusterer.json").read_text())
+    (folder / "clusterer.json").write_text(json.dumps(settings | {"files": settings["files"] | {name: ""}}))
+    with pytest.raises(ManifestError, match=r"outside the folder|lacks "):
+        Clusterer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["profile.json", "domains.json"])
+@pytest.mark.parametrize("damage", ["missing", "one byte"])
+def test_what_is_kept_for_people_is_sealed_as_well(fitted, name, damage):
+    folder, _ = fitted
+    content = bytearray((folder / name).read_bytes())
+    (folder / name).unlink()
+    if damage == "one byte":
+        content[-2] ^= 1
+        (folder / name).write_bytes(content)
+    message = f"lacks {name}; copy the folder again" if damage == "missing" else f"{name} was changed or cut short"
+    with pytest.raises(ManifestError, match=message):
+        Clusterer.load(folder)
+
+
+# --- what the folder holds ---
+
+
+def test_folder_names_every_file_with_its_sha256(fitted):
+    folder, _ = fitted
+    settings = json.loads((folder / "clusterer.json").read_text())
+    names = {path.name for path in folder.iterdir()} - {"clusterer.json"}
+    assert names == {"embedder.json", "embedder.safetensors", "centers.safetensors", "profile.json", "domains.json"}
+    assert settings["files"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    assert (settings["format"], settings["n_clusters"], settings["n_components"]) == (2, 3, 8)
+
+
+def test_folder_may_be_copied_and_hold_other_files(fitted, tmp_path):
+    shutil.copytree(fitted[0], tmp_path / "copy")
+    (tmp_path / "copy/manifest.json").write_text("{}")
+    texts = [document.text for document in corpus(9)]
+    np.testing.assert_array_equal(
+        Clusterer.load(tmp_path / "copy").predict(texts), Clusterer.load(fitted[0]).predict(texts)
+    )
+
+
+def test_profile_comes_back_with_the_clusterer(fitted):
+    clusterer = Clusterer.load(fitted[0])
+    assert clusterer.profile.n_documents == 60
+    assert clusterer.profile.cluster_documents == (20, 20, 20)
+    vectors = clusterer.embedder.transform(document.text for document in corpus(60))
+    nearest = np.linalg.norm(vectors[:, None] - clusterer.centers[None], axis=2).min(axis=1)
+    assert clusterer.profile.quantiles[100] == pytest.approx(nearest.max(), abs=1e-5)
+    assert clusterer.profile.quantiles[50] == pytest.approx(np.median(nearest), abs=1e-5)
+
+
+def test_folder_written_over_keeps_nothing_of_the_clusterer_before(fitted):
+    folder, _ = fitted
+    loaded = Clusterer.load(folder)
+    Clusterer(loaded.embedder, loaded.centers[:2]).save(folder)  # measured by nobody, described by nobody
+    again = Clusterer.load(folder)
+    assert again.n_clusters == 2
+    assert again.profile is None
+    assert not (folder / "domains.json").exists()
+
+
+def test_profile_that_the_folder_does_not_name_is_not_read(fitted, tmp_path):
+    loaded = Clusterer.load(fitted[0])
+    Clusterer(loaded.embedder, loaded.centers).save(tmp_path / "bare")
+    shutil.copy(fitted[0] / "profile.json", tmp_path / "bare")
+    assert Clusterer.load(tmp_path / "bare").profile is None

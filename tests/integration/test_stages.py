@@ -17,6 +17,7 @@ from cbtm import stages, storage
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.errors import ConfigError, DataError, ManifestError, StorageError
 from cbtm.manifest import run_stage
+from cbtm.plan import Part
 from cbtm.run import Run, RunConfig, parse_config
 from cbtm.stages import prepare
 from cbtm.train.member import Member
@@ -158,6 +159,181 @@ def test_changed_text_is_noticed(made, corpus, tmp_path):
     lines = (moved / "train/00000/text.jsonl").read_text().splitlines()
     (moved / "train/00000/text.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert not stages.finished(make_run(values))
+
+
+# --- clusters that are given ---
+
+
+def prepare_text(values: dict[str, Any]) -> Run:
+    """Tokenizer, clusterer and assignment of a run; no model is trained."""
+    run = make_run(values)
+    stages.plan(run)
+    stages.tokenizer(run)
+    stages.cluster(run)
+    for group in run.plan_made.groups:
+        stages.assign(run, group.name)
+    return run
+
+
+def files_below(root: str, *folders: str) -> dict[str, bytes]:
+    paths = [path for folder in folders for path in (Path(root) / folder).rglob("*") if path.is_file()]
+    assert paths
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+def assigned(run: Run, part: Part) -> list[int]:
+    """Clusters of all documents in reading order."""
+    texts = [Path(run.uri("assignments", path)).read_text() for path in run.paths(part)]
+    return [json.loads(line)["cluster"] for text in texts for line in text.splitlines()]
+
+
+def with_clusters(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return values | {"cluster": values["cluster"] | changes}
+
+
+def test_assignments_of_another_run_give_its_training_shards_again(made, corpus, tmp_path):
+    values = settings(str(corpus), str(tmp_path / "out"), None)
+    run = prepare_text(with_clusters(values, assignments=made.uri("assignments")))
+    training = ("assignments/train", "tokens/learned/train", "tokens/random/train")
+    assert files_below(run.config.root, *training) == files_below(made.config.root, *training)
+    facts = run.load(run.cluster_spec()).metadata
+    assert facts["sizes"] == [expert["documents"] for expert in made.result()["experts"]]
+    # The centres are the means of these clusters, and a validation document goes to the nearest.
+    clusterer = Clusterer.load(Path(run.uri("clusterer")))
+    texts = [document.text for document in run.documents("train")]
+    vectors, own = clusterer.embedder.transform(texts), np.array(assigned(run, "train"))
+    means = np.stack([vectors[own == cluster].mean(axis=0) for cluster in (0, 1)])
+    np.testing.assert_allclose(clusterer.centers, means, atol=1e-5)
+    nearest = clusterer.predict(document.text for document in run.documents("validation"))
+    assert assigned(run, "validation") == nearest.tolist()
+
+
+def test_labels_describe_the_domains_and_build_nothing_else_again(corpus, tmp_path):
+    def write_labels(name: str) -> None:
+        for path in run.paths("train"):
+            target = tmp_path / "labels" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"sp_id": f"{path}|{i}", "domain": ("prose", name)[i % 2]}) + "\n" for i in range(80)]
+            target.write_text("".join(lines))
+
+    values = settings(str(corpus), str(tmp_path / "out"), None)
+    run = prepare_text(values)
+    assigned_at = {path: path.stat().st_mtime_ns for path in Path(run.uri("manifests/assign")).iterdir()}
+    write_labels("code")
+    labelled = prepare_text(with_clusters(values, labels=str(tmp_path / "labels"), examples=1))
+    first = labelled.load(labelled.cluster_spec())
+    assert first.metadata["purity"] > 0.8
+    assert {path: path.stat().st_mtime_ns for path in assigned_at} == assigned_at
+    assert labelled.clusterer_digest == run.clusterer_digest
+    # Labels are known by their content.
+    write_labels("prose")
+    with pytest.raises(DataError, match="label"):
+        prepare_text(with_clusters(values, labels=str(tmp_path / "nowhere")))
+    second = prepare_text(with_clusters(values, labels=str(tmp_path / "labels"), examples=1))
+    assert second.load(second.cluster_spec()).metadata["purity"] == 1
+    assert {path: path.stat().st_mtime_ns for path in assigned_at} == assigned_at
+
+
+def test_one_changed_assignment_makes_the_clusterer_again(made, corpus, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(made.uri("assignments"), given)
+    values = with_clusters(settings(str(corpus), str(tmp_path / "out"), None), assignments=str(given))
+    run = prepare_text(values)
+    before = run.load(run.cluster_spec())
+    first = given / "train/00001/text.jsonl"
+    lines = first.read_text().splitlines(keepends=True)
+    record = json.loads(lines[7])
+    lines[7] = json.dumps(record | {"cluster": 1 - record["cluster"]}) + "\n"
+    first.write_text("".join(lines))
+    again = make_run(values)
+    with pytest.raises(ManifestError, match=r"clusterer/manifest\.json belongs to another .* run stage cluster again"):
+        again.load(again.cluster_spec())
+    run = prepare_text(values)
+    after = run.load(run.cluster_spec())
+    assert after.inputs["assignments"] != before.inputs["assignments"]
+    sizes = before.metadata["sizes"]
+    moved = 1 if record["cluster"] == 0 else -1
+    assert after.metadata["sizes"] == [sizes[0] - moved, sizes[1] + moved]
+    assert (Path(run.uri("assignments/train/00001/text.jsonl"))).read_text() == "".join(
+        json.dumps(json.loads(line), separators=(",", ":")) + "\n" for line in lines
+    )
+    # What was there before is taken over: nothing is built a third time.
+    built = Path(run.uri("clusterer/manifest.json")).stat().st_mtime_ns
+    prepare_text(values)
+    assert Path(run.uri("clusterer/manifest.json")).stat().st_mtime_ns == built
+
+
+def test_documents_without_given_cluster_are_left_out_and_counted(made, corpus, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(made.uri("assignments"), given)
+    first = given / "train/00000/text.jsonl"
+    first.write_text("".join(first.read_text().splitlines(keepends=True)[5:]))
+    values = with_clusters(settings(str(corpus), str(tmp_path / "out"), None), assignments=str(given))
+    run = prepare_text(values)
+    facts = [run.load(run.assign_spec(group.name)).metadata for group in run.plan_made.part("train")]
+    assert sum(fact["documents"] for fact in facts) == 155
+    assert [fact["skipped"] for fact in facts if fact["skipped"]] == [{"no fixed assignment": 5}]
+    assert run.load(run.cluster_spec()).metadata["documents"] == 155
+
+
+def test_clusterer_of_another_run_gives_its_clusters_again(made, corpus, tmp_path):
+    values = with_clusters(settings(str(corpus), str(tmp_path / "out"), None), path=made.uri("clusterer"))
+    run = prepare_text(values)
+    for name in ("centers.safetensors", "embedder.json", "embedder.safetensors"):
+        assert Path(run.uri("clusterer", name)).read_bytes() == Path(made.uri("clusterer", name)).read_bytes()
+    assert files_below(run.config.root, "assignments", "tokens") == files_below(
+        made.config.root, "assignments", "tokens"
+    )
+    facts = run.load(run.cluster_spec()).metadata
+    assert facts["sizes"] == [expert["documents"] for expert in made.result()["experts"]]  # nearest, as assigned
+
+
+def test_clusterer_of_another_number_of_clusters_is_refused(made, corpus, tmp_path):
+    values = with_clusters(settings(str(corpus), str(tmp_path / "out"), None), path=made.uri("clusterer"), n_clusters=4)
+    run = make_run(values)
+    with pytest.raises(ConfigError, match=r"cluster\.n_clusters=4, but the .*clusterer .*has 2"):
+        prepare_text(values)
+    assert not Path(run.uri("clusterer/manifest.json")).exists()
+
+
+def test_changed_clusterer_is_refused(made, corpus, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(made.uri("clusterer"), given)
+    text = (given / "embedder.json").read_text()
+    (given / "embedder.json").write_text(text.replace('"argument"', '"argumenu"'))
+    with pytest.raises(ManifestError, match=r"embedder\.json was changed or cut short"):
+        prepare_text(with_clusters(settings(str(corpus), str(tmp_path / "out"), None), path=str(given)))
+
+
+def test_clusters_of_equal_tokens_are_fitted_with_the_tokens_of_the_run(made, corpus, tmp_path):
+    run = prepare_text(with_clusters(settings(str(corpus), str(tmp_path / "out"), None), balance="tokens"))
+    facts = run.load(run.cluster_spec()).metadata
+    lengths = made.train_documents(Member("dense"), tmp_path).lengths()
+    assert sum(facts["tokens"]) == lengths.sum()
+    assert abs(facts["tokens"][0] - lengths.sum() / 2) < lengths.max()
+
+
+def test_assigner_that_is_killed_while_it_publishes_loses_no_file(made, corpus, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write = storage.write_bytes
+
+    def write_no_manifest(uri: str, data: bytes) -> None:
+        if "manifests/assign" in uri:
+            raise Killed
+        write(uri, data)
+
+    values = settings(str(corpus), str(tmp_path / "out"), None)
+    monkeypatch.setattr(storage, "write_bytes", write_no_manifest)
+    with pytest.raises(Killed):
+        prepare_text(values)
+    monkeypatch.undo()
+    assert Path(values["root"], "assignments/train/00000/text.jsonl").exists()  # moved to where it belongs
+    run = prepare_text(values)
+    for group in run.plan_made.groups:
+        found, whole = run.load(run.assign_spec(group.name)), made.load(made.assign_spec(group.name))
+        assert found.files == whole.files
 
 
 # --- bad input ---
