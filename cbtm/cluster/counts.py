@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
+def chosen(
+    columns: NDArray[np.int32], is_chosen: NDArray[np.bool_], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Some of the words of texts: their columns, and where each text begins among them."""
+    return columns[is_chosen], np.concatenate([[0], np.cumsum(is_chosen)])[offsets]
+
+
 def merged(columns: NDArray[np.int32], offsets: NDArray[np.int64], n_words: int) -> csr_matrix:
     """How often each word occurs in each text; float32, shape (texts, n_words)."""
     counts = count_matrix(columns, offsets, n_words)

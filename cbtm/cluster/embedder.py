@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbtm.cluster.counts import count_matrix, merged, renumbered, stacked
+from cbtm.cluster.counts import chosen, count_matrix, merged, renumbered, stacked
 from cbtm.cluster.projection import leading_directions
 from cbtm.cluster.words import WordTable, blocks_of
 from cbtm.errors import ConfigError, DataError, ManifestError
@@ -39,8 +39,8 @@ ARRAYS_FILE = "embedder.safetensors"
 _SETTINGS = ("n_components", "min_document_frequency", "svd_iterations", "random_state")
 
 
-def _is_feature(word: str, stop_words: frozenset[str]) -> bool:
-    return len(word) > 1 and not word[0].isdigit() and word not in stop_words
+def _is_feature(word: str) -> bool:
+    return len(word) > 1 and not word[0].isdigit()
 
 
 class TfidfSvdEmbedder:
@@ -73,7 +73,7 @@ class TfidfSvdEmbedder:
         *,
         n_components: int = 100,
         min_document_frequency: int = 1,
-        svd_iterations: int = 10,
+        svd_iterations: int = 9,
         random_state: int = 0,
     ) -> None:
         for name, value, least in (
@@ -139,9 +139,7 @@ class TfidfSvdEmbedder:
         for block in blocks_of(texts):
             table, vectors = self._ranked
             columns = table.find(block)
-            known = columns >= 0
-            indptr = np.concatenate([[0], np.cumsum(known)])[block.offsets]
-            yield _unit_rows(count_matrix(columns[known], indptr, len(table)) @ vectors)
+            yield _unit_rows(count_matrix(*chosen(columns, columns >= 0, block.offsets), len(table)) @ vectors)
 
     def top_terms(self, centers: NDArray[np.floating[Any]], n: int = 10) -> list[list[str]]:
         """Words that set each centre apart: the highest tf-idf weight above the mean of all centres.
@@ -285,8 +283,13 @@ class TfidfSvdEmbedder:
         """
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-        table = WordTable()
-        counts = stacked([merged(table.add(block), block.offsets, len(table)) for block in blocks_of(texts)])
+        table = WordTable(sorted(ENGLISH_STOP_WORDS))
+        n_stop_words = len(table)  # they have the first columns: half of a text is left out before it is counted
+        blocks = []
+        for block in blocks_of(texts):
+            columns = table.add(block)
+            blocks.append(merged(*chosen(columns, columns >= n_stop_words, block.offsets), len(table)))
+        counts = stacked(blocks)
         self.n_documents_ = counts.shape[0]
         if self.n_documents_ == 0:
             raise DataError("there is no text to fit on; check that the corpus split is not empty")
@@ -295,7 +298,7 @@ class TfidfSvdEmbedder:
         kept = [
             column
             for column, (word, is_frequent) in enumerate(zip(words, frequent.tolist(), strict=True))
-            if is_frequent and _is_feature(word, ENGLISH_STOP_WORDS)
+            if is_frequent and _is_feature(word)
         ]
         if not kept:
             raise DataError(

@@ -23,9 +23,10 @@ _BLOCK_PART = 0.2
 _LEAST_BLOCK = 4
 # A matrix of up to this many rows is decomposed exactly: its Gram matrix is small.
 _EXACT_ROWS = 512
-# Directions weaker than this part of the strongest are float32 rounding noise.
-_RANK_TOLERANCE = 1e-5
-_REORTHOGONALISATIONS = 2  # "twice is enough" (Giraud, Langou and Rozložník 2005)
+# What is left of a float32 column below this part of its length is rounding noise.
+_ROUNDING = 1e-5
+# Singular values below this part of the largest are: their squares are sums in float32, good to six or seven digits.
+_RANK_TOLERANCE = 1e-3
 
 
 def leading_directions(
@@ -46,24 +47,28 @@ def leading_directions(
     """
     if matrix.shape[0] <= _EXACT_ROWS:
         images = matrix.T.toarray()  # the basis is every row
+        gram = (matrix @ matrix.T).toarray()
     else:
-        images = _krylov_images(matrix, n_directions, iterations, np.random.default_rng(random_state))
-    # Rayleigh-Ritz: the best directions within the span of the images, shape (m, basis).
-    strengths, coordinates = _decomposed_gram(images.T @ images, n_directions)
+        images, gram = _krylov_images(matrix, n_directions, iterations, np.random.default_rng(random_state))
+    # Rayleigh-Ritz: the best directions within the span of the images.
+    strengths, coordinates = _decomposed(gram, n_directions)
     directions = images @ (coordinates / strengths)
     # The sign of a singular vector is free, and libraries differ.
-    largest = np.abs(directions).argmax(axis=0)
-    directions *= np.sign(directions[largest, np.arange(len(strengths))])
+    directions *= np.where(directions.max(axis=0) < -directions.min(axis=0), np.float32(-1), np.float32(1))
     return strengths, directions
 
 
 def _krylov_images(
     matrix: csr_matrix, n_directions: int, iterations: int, rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """Images under the transposed matrix of an orthonormal basis, shape (m, about n_directions / 5 * (iterations + 1)).
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Images under the transposed matrix of an orthonormal basis, and their Gram matrix.
 
     The basis, in the space of the rows, grows by a block at each step: what the matrix makes of the last block's image,
-    without what the basis spans already.
+    without what the basis spans already. That overlap is a column of blocks of the Gram matrix.
+
+    Returns:
+        Images, shape (m, b), b about n_directions / 5 * (iterations + 1), and products of each two of them, shape
+        (b, b), of which the upper triangle is filled.
     """
     n_rows, n_columns = matrix.shape
     width = max(_LEAST_BLOCK, math.ceil(_BLOCK_PART * n_directions))
@@ -71,33 +76,43 @@ def _krylov_images(
     transposed = matrix.T.tocsr()  # a product by rows writes in order
     basis = np.empty((n_rows, n_blocks * width), dtype=np.float32)
     images = np.empty((n_columns, n_blocks * width), dtype=np.float32)
-    image, done = rng.standard_normal((n_columns, width), dtype=np.float32), 0
-    for _ in range(n_blocks):
-        block = _orthonormal_to(basis[:, :done], matrix @ image)
+    gram = np.zeros((n_blocks * width, n_blocks * width), dtype=np.float32)
+    image, last = rng.standard_normal((n_columns, width), dtype=np.float32), slice(0, 0)
+    for number in range(n_blocks + 1):
+        known = basis[:, : last.stop]
+        product = matrix @ image
+        overlap = known.T @ product
+        if number:
+            gram[: last.stop, last] = overlap
+        if number == n_blocks:
+            break
+        block = _orthonormal(product, known, overlap)
         if not block.shape[1]:
             break  # the basis spans all that the matrix does
         image = transposed @ block
-        new = slice(done, done + block.shape[1])
-        basis[:, new], images[:, new] = block, image
-        done = new.stop
-    return images[:, :done]
+        last = slice(last.stop, last.stop + block.shape[1])
+        basis[:, last], images[:, last] = block, image
+    return images[:, : last.stop], gram[: last.stop, : last.stop]
 
 
-def _orthonormal_to(basis: NDArray[np.float32], block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Orthonormal columns that span what `block` adds to `basis`."""
+def _orthonormal(
+    block: NDArray[np.float32], basis: NDArray[np.float32], overlap: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Orthonormal columns that span what `block` adds to `basis`; `overlap` is basis.T @ block."""
     size = float(np.linalg.norm(block, axis=0).max(initial=0))
-    for _ in range(_REORTHOGONALISATIONS):
-        block = block - basis @ (basis.T @ block)
+    for again in (True, False):  # "twice is enough" (Giraud, Langou and Rozložník 2005)
+        block = block - basis @ overlap
         values, vectors = np.linalg.eigh((block.T @ block).astype(np.float64))
-        real = values > (_RANK_TOLERANCE * size) ** 2
+        real = values > (_ROUNDING * size) ** 2
         block = block @ (vectors[:, real] / np.sqrt(values[real])).astype(np.float32)
-        size = 1.0
+        if again:
+            overlap, size = basis.T @ block, 1.0
     return block
 
 
-def _decomposed_gram(gram: NDArray[np.float32], n_directions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Roots of the largest eigenvalues, falling, and their eigenvectors as columns."""
-    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+def _decomposed(gram: NDArray[np.float32], n_directions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Roots of the largest eigenvalues of a matrix (its upper triangle), falling, and the eigenvectors as columns."""
+    values, vectors = np.linalg.eigh(gram.astype(np.float64), UPLO="U")
     strengths = np.sqrt(np.maximum(values[::-1][:n_directions], 0))
     n_real = int(np.count_nonzero(strengths > _RANK_TOLERANCE * strengths[0]))
     return strengths[:n_real].astype(np.float32), vectors[:, ::-1][:, :n_real].astype(np.float32)
