@@ -10,13 +10,14 @@ in a process of its own, in turns. Besides scikit-learn (10,000 documents at onc
 with the same sum of word vectors: the Rust library tokenizers as a word tokeniser, pyarrow's RE2, and Python's re. The
 words of the first two are not exactly Python's for all of Unicode, which would show as ids that differ.
 
-With --memory: the peak size of a process that assigns one shard, the largest, against four.
+With --memory: the peak size of a process that assigns one shard, the largest, against four: lines and token shards
+written, with bytes for tokens.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import normalize
 
+from cbtm.cluster.assigner import AssignConfig, assign_group
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.embedder import TfidfSvdEmbedder
-from cbtm.corpus import ReadCounts, read_file, shard_of
+from cbtm.corpus import CorpusConfig, shard_of
+from cbtm.plan import PlannedFile, ShardGroup
 
 BLOCK, PEER_BLOCK = 1_000, 10_000  # documents at once
 NO_WORD = r"[^\p{L}\p{N}_]+"  # what Python's \W+ is, nearly, for engines whose \w is not Python's
@@ -198,18 +201,28 @@ def python_re(file: Path, folder: Path) -> Callable[[], Any]:
     return work
 
 
+class Bytes:
+    """An encoder as fast as can be: one token for each byte."""
+
+    vocab_size = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+
+
 def assign_files(root: str, paths: list[str], folder: Path) -> Callable[[], Any]:
-    """What an assigner does with its files, as far as ids go: documents streamed, ids of a block at a time."""
+    """The assigner's own function on a group of files, with bytes for tokens."""
     clusterer = clusterer_of(folder)
     clusterer.predict(["imports, once"])
+    files = tuple(PlannedFile(path=path, size=0, version="", digest=path) for path in paths)
+    group = ShardGroup(name="train-00000", part="train", split=paths[0].split("/")[0], files=files)
 
     def work() -> Any:
-        sizes = np.zeros(clusterer.n_clusters, dtype=np.int64)
-        for path in paths:
-            documents = read_file(root, path, max_bad_lines=0, counts=ReadCounts())
-            while block := [document.text for document in islice(documents, BLOCK)]:
-                sizes += np.bincount(clusterer.predict(block), minlength=clusterer.n_clusters)
-        return int(sizes.sum())
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            out, parts = Path(made, "out"), Path(made, "parts")
+            tools = (clusterer, Bytes())
+            facts = assign_group(AssignConfig(), CorpusConfig(root=root), group, lambda: tools, out, scratch=parts)
+        return facts["documents"]
 
     return work
 

@@ -180,7 +180,7 @@ def _load_package() -> tuple[Any, Callable[..., Any]]:
     except ImportError as error:
         raise ConfigError(
             f"backend='balanced-kmeans' needs PyTorch and the package balanced-kmeans ({error}): "
-            "pip install torch balanced-kmeans, or use backend='balanced'"
+            "pip install 'cbtm[balanced-kmeans]', or use backend='balanced'"
         ) from error
 
 
