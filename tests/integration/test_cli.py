@@ -1,5 +1,6 @@
 """The command line: single stages, corpora, and what a user reads when something is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_stages_one_by_one(corpus, tmp_path):
     assert (tmp_path / "run/result.json").is_file()
 
 
+def test_domains_are_compared_watched_and_taken_over(corpus, tmp_path):
+    config = str(write_config(tmp_path / "run.yaml", settings(str(corpus), str(tmp_path / "run"), None)))
+    table = cbtm("suggest-k", config, "--k", "2,3", "--repeats", "2", "--output", str(tmp_path / "k.json"))
+    assert table.splitlines()[0].split() == ["k", "inertia", "greedy", "balance", "stability", "spread", "seconds"]
+    assert [row["n_clusters"] for row in json.loads((tmp_path / "k.json").read_text())["candidates"]] == [2, 3]
+    cbtm("cluster", config)
+    clusterer = str(tmp_path / "run/clusterer")
+    said = cbtm("drift", clusterer, str(corpus), "--split", "valid/small", "--output", str(tmp_path / "drift.json"))
+    assert "40 new documents against 160 of the fit" in said
+    assert json.loads((tmp_path / "drift.json").read_text())["documents"] == 40
+    # A clusterer that is there already is taken over, and assigns alike.
+    overrides = ("--set", f"root={tmp_path / 'second'}", "--set", f"cluster.path={clusterer}")
+    for stage in ("plan", "tokenizer", "cluster", "assign"):
+        cbtm(stage, config, *overrides)
+        cbtm(stage, config)
+    lines = [(tmp_path / root / "assignments/train/00000/text.jsonl").read_bytes() for root in ("run", "second")]
+    assert lines[0] == lines[1]
+
+
 def test_settings_are_printed_with_their_defaults(corpus, tmp_path):
     config = str(write_config(tmp_path / "run.yaml", settings(str(corpus), str(tmp_path / "run"), None)))
     printed = cbtm("config", config, "--set", "train.learning_rate=1e-4")
@@ -60,6 +80,12 @@ def test_settings_are_printed_with_their_defaults(corpus, tmp_path):
         (("train", "run.yaml", "--member", "expert-3"), "'expert-3' is no member of a run"),
         (("assign", "run.yaml"), "plan.json is not there"),
         (("run", "run.yaml", "--set", "root=/proc/cbtm"), "/proc/cbtm"),
+        (("cluster", "run.yaml", "--set", "cluster.path=elsewhere"), "elsewhere is no clusterer folder"),
+        (("cluster", "run.yaml", "--set", "cluster.device=cuda:7"), "device='cuda:7' cannot be used here"),
+        (("cluster", "run.yaml", "--set", "cluster.assignments=given"), "text.jsonl has no fixed assignments"),
+        (("suggest-k", "run.yaml", "--k", "two"), "--k two is no list of numbers"),
+        (("drift", "run", "."), "run is no clusterer folder"),
+        (("import-clusterer", "run.yaml", "kmeans.pkl", "out"), "kmeans.pkl cannot be read"),
         (("corpus", "download", "wikipedia", "out"), "unknown corpus 'wikipedia'; known is c4-example"),
     ],
 )
