@@ -188,6 +188,20 @@ def import_clusterer(
     typer.echo(f"{folder} clusters={facts['n_clusters']} dimensions={facts['n_components']} words={facts['words']}")
 
 
+@app.command(name="import-metaseq")
+def import_metaseq(
+    source: Annotated[Path, typer.Argument(help="A consolidated .pt file, or a folder of shards.")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write; for seed_model.path.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of the tokenizer to put beside the weights.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where the checkpoint does not say.")] = None,
+) -> None:
+    """Turn a metaseq OPT checkpoint, whole or in shards, into a Hugging Face folder."""
+    from cbtm.branch.metaseq import import_metaseq
+
+    facts = import_metaseq(source, folder, tokenizer=tokenizer, heads=heads)
+    typer.echo(f"{folder} size={facts['size']} parameters={facts['n_parameters']} dtype={facts['dtype']}")
+
+
 @app.command()
 def assign(
     config: ConfigArgument,

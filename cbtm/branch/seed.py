@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from cbtm.branch.shapes import opt_shape
 from cbtm.config import Config
 from cbtm.errors import ConfigError
 from cbtm.tokens import Encoder
@@ -24,9 +25,10 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
 
 
 class ScratchModelConfig(Config):
-    """Shape of a small OPT that is trained from scratch.
+    """Shape of an OPT that is trained from scratch.
 
     Attributes:
+        size: A published size (125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b) instead of the four numbers that follow.
         hidden_size: Width of a layer.
         n_layers: Number of layers.
         n_heads: Attention heads of a layer.
@@ -35,6 +37,7 @@ class ScratchModelConfig(Config):
         random_state: Seed of the initial weights.
     """
 
+    size: str | None = None
     hidden_size: int = Field(default=64, ge=1)
     n_layers: int = Field(default=2, ge=1)
     n_heads: int = Field(default=4, ge=1)
@@ -46,7 +49,24 @@ class ScratchModelConfig(Config):
     def _heads_divide(self) -> "ScratchModelConfig":
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
+        if self.size is not None:
+            opt_shape(self.size)
+            for name in ("hidden_size", "n_layers", "n_heads", "feed_forward_ratio"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"size={self.size} and {name}={getattr(self, name)}: give a size or numbers")
         return self
+
+    def shape(self) -> dict[str, Any]:
+        """Arguments of transformers' OPTConfig that say how large the model is."""
+        if self.size is not None:
+            return opt_shape(self.size).to_config()
+        return {
+            "hidden_size": self.hidden_size,
+            "word_embed_proj_dim": self.hidden_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "ffn_dim": self.feed_forward_ratio * self.hidden_size,
+        }
 
 
 def model_files(names: list[str]) -> list[str]:
@@ -72,20 +92,16 @@ def create_model(config: ScratchModelConfig, *, vocab_size: int, separator_id: i
     from transformers.models.opt.configuration_opt import OPTConfig
     from transformers.models.opt.modeling_opt import OPTForCausalLM
 
-    settings = OPTConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        word_embed_proj_dim=config.hidden_size,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        ffn_dim=config.feed_forward_ratio * config.hidden_size,
-        max_position_embeddings=context_length,
-        dropout=config.dropout,
-        attention_dropout=config.dropout,
-        bos_token_id=separator_id,
-        eos_token_id=separator_id,
-        pad_token_id=None,
-    )
+    values = config.shape() | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": context_length,
+        "dropout": config.dropout,
+        "attention_dropout": config.dropout,
+        "bos_token_id": separator_id,
+        "eos_token_id": separator_id,
+        "pad_token_id": None,
+    }
+    settings = OPTConfig(**values)
     # transformers initialises from the global generator; the fork leaves the caller's as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.random_state)

@@ -20,10 +20,16 @@ class OptimizationConfig(Config):
         learning_rate: Peak of the schedule.
         warmup_steps: Steps of linear warm-up.
         final_learning_rate_ratio: Learning rate of the last step over the peak.
+        decay_power: Power of the polynomial decay after the warm-up; 1 is linear.
         adam_betas: Decay rates of AdamW's moments.
         adam_epsilon: Term added to AdamW's denominator.
         weight_decay: Decoupled weight decay, on matrices only.
         gradient_clip_norm: Largest norm of the whole gradient.
+        precision: Type that the model computes in; weights, gradients and moments stay in float32. float16 scales the
+            loss, and leaves out a step whose gradient overflows.
+        loss_scale: Loss scale that float16 starts from.
+        activation_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        compile: Compile the model with torch.compile, which needs a C compiler and a minute before the first step.
         random_state: Seed of the data order and of dropout.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between points of the training curve.
@@ -38,10 +44,15 @@ class OptimizationConfig(Config):
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(default=0, ge=0)
     final_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    decay_power: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     adam_epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    loss_scale: float = Field(default=128.0, gt=0, allow_inf_nan=False)
+    activation_checkpointing: bool = False
+    compile: bool = False
     random_state: int = Field(default=1234, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
     log_every: int = Field(default=20, ge=1)

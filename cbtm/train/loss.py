@@ -20,20 +20,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        kind = hidden.device.type
+        # Custom functions are left alone by autocast: its type is taken for the matrix products here.
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        head = weight.to(low)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
         grad_weight = torch.zeros_like(weight)  # (V, D)
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = hidden[start : start + CHUNK_ROWS]  # (n, D)
+            rows = hidden[start : start + CHUNK_ROWS].to(low)  # (n, D)
             target = targets[start : start + CHUNK_ROWS]  # (n,)
-            logits = (rows @ weight.T).float()  # (n, V)
+            logits = (rows @ head.T).float()  # (n, V)
             log_z = torch.logsumexp(logits, dim=1)  # (n,)
             total += (log_z - logits.gather(1, target[:, None])[:, 0]).sum()
             probabilities = logits.sub_(log_z[:, None]).exp_()
             probabilities[torch.arange(len(target), device=target.device), target] -= 1.0
-            slope = probabilities.to(weight.dtype)
-            torch.mm(slope, weight, out=grad_hidden[start : start + CHUNK_ROWS])
-            grad_weight.addmm_(slope.T, rows)
+            slope = probabilities.to(low)
+            if low == weight.dtype == hidden.dtype:
+                torch.mm(slope, head, out=grad_hidden[start : start + CHUNK_ROWS])
+                grad_weight.addmm_(slope.T, rows)
+            else:
+                grad_hidden[start : start + CHUNK_ROWS] = slope @ head
+                grad_weight += slope.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

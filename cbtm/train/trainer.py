@@ -11,14 +11,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from cbtm.errors import CbtmError, Interrupted
+from cbtm.errors import CbtmError, ConfigError, Interrupted
 from cbtm.train.checkpoint import Checkpoints, TrainState
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.data import BlockOrder
@@ -26,6 +27,8 @@ from cbtm.train.loss import CausalLoss
 from cbtm.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
+
+_LEAST_LOSS_SCALE = 2.0**-14  # below this a loss of 1 is no normal number of float16
 
 Report = Callable[[Mapping[str, float], int], None]
 
@@ -109,8 +112,11 @@ class _Loop:
         self.device = choose_device(config.device)
         self.model = model.to(self.device).train()
         self.order, self.config, self.sequences = order, config, sequences
-        self.loss = CausalLoss(model)
+        self.loss = CausalLoss(model)  # looks at the model as it is, so before anything is wrapped
+        _prepare(model, config)
         self.optimizer = _optimizer(model, config)
+        scales = config.precision == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=config.loss_scale, enabled=scales)
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self._losses: list[float] = []
@@ -122,13 +128,14 @@ class _Loop:
         if state is None:
             return
         self.step, self.curve, self._losses = state.step, list(state.curve), list(state.losses)
+        self.scaler.load_state_dict(dict(state.loss_scaling))
         self._timed_from = self.step
         logger.info("resumed at step=%d/%d from %s", self.step, self.config.steps, checkpoints.uri)
         for point in self.curve:
             report({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
 
     def state(self) -> TrainState:
-        return TrainState(self.step, self.curve, self._losses)
+        return TrainState(self.step, self.curve, self._losses, self.scaler.state_dict())
 
     def take_step(self) -> float:
         rate = self._learning_rate()
@@ -136,9 +143,18 @@ class _Loop:
             group["lr"] = rate
         loss = self._accumulate_gradients()
         self._check_finite("loss", loss)
-        self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm))
-        self._check_finite("gradient norm", self._norm)
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm))
+        scale = self.scaler.get_scale()
+        # A scaled gradient may overflow: the step is left out and the scale halved, until there is nothing to halve.
+        if not self.scaler.is_enabled() or scale <= _LEAST_LOSS_SCALE:
+            self._check_finite("gradient norm", norm)
+        if math.isfinite(norm):
+            self._norm = norm
+        else:
+            logger.warning("step=%d left out: its gradient overflows at a loss scale of %g", self.step, scale)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._losses.append(loss)
@@ -174,6 +190,7 @@ class _Loop:
             warmup_steps=config.warmup_steps,
             steps=config.steps,
             final_ratio=config.final_learning_rate_ratio,
+            power=config.decay_power,
         )
 
     def _accumulate_gradients(self) -> float:
@@ -183,10 +200,28 @@ class _Loop:
         total = 0.0
         for part in torch.split(blocks, self.config.micro_batch_size or self.sequences):
             part = part.to(self.device)
-            loss: Tensor = self.loss.sum_loss(part[:, :-1], part[:, 1:]) / n_tokens
-            torch.autograd.backward(loss)
+            with self._autocast():
+                loss: Tensor = self.loss.sum_loss(part[:, :-1], part[:, 1:]) / n_tokens
+            torch.autograd.backward(self.scaler.scale(loss))
             total += loss.item()
         return total
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        # No cache: it would hold a copy of every weight through all micro-batches.
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision), cache_enabled=False)
+
+
+def _prepare(model: nn.Module, config: OptimizationConfig) -> None:
+    """Switch on what trades time for memory, or compilation for speed."""
+    if config.activation_checkpointing:
+        if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+            raise ConfigError(f"activation_checkpointing is not supported by {type(model).__name__}; switch it off")
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    if config.compile:
+        decoder = getattr(model, "base_model", model)  # the head is computed in chunks, outside of it
+        decoder.compile()
 
 
 def _optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:

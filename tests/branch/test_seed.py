@@ -220,3 +220,21 @@ def test_numbers_of_a_multimodal_models_text_part_count(tmp_path):
 def test_model_without_a_longest_context_takes_any(tmp_path):
     folder_of({"vocab_size": 300}, tmp_path)
     check_vocabulary(tmp_path, Words(300), 100_000)
+
+
+def test_a_published_size_stands_for_its_numbers():
+    shape = ScratchModelConfig(size="125m").shape()
+    assert (shape["num_hidden_layers"], shape["hidden_size"], shape["num_attention_heads"]) == (12, 768, 12)
+    with pytest.raises(ConfigError, match=r"size=125m and n_layers=3: give a size or numbers"):
+        ScratchModelConfig.parse({"size": "125m", "n_layers": 3})
+    with pytest.raises(ConfigError, match=r"1\.3b"):
+        ScratchModelConfig.parse({"size": "1.3"})
+    # A checked configuration is passed on with every default.
+    assert ScratchModelConfig.parse(ScratchModelConfig(size="125m").model_dump()).size == "125m"
+
+
+def test_a_model_of_a_published_size_has_its_shape_and_the_tokenizer_s_vocabulary():
+    model = create_model(ScratchModelConfig(size="125m"), vocab_size=50, separator_id=0, context_length=16)
+    # 12 layers of 768, 16 + 2 positions, 50 words: 12 * (4 * 768^2 + 4 * 768 + 8 * 768^2 + 5 * 768 + 4 * 768) …
+    layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768
+    assert sum(parameter.numel() for parameter in model.parameters()) == 12 * layer + (50 + 18) * 768 + 2 * 768

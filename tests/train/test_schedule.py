@@ -41,3 +41,9 @@ def test_warm_up_up_to_the_last_step_but_one_ends_at_the_peak():
 
 def test_beyond_the_last_step_it_stays_at_the_final_ratio():
     assert learning_rate(9, peak=0.8, warmup_steps=0, steps=5, final_ratio=0.25) == pytest.approx(0.2)
+
+
+def test_power_bends_the_decay():
+    # 0.8 * (1 - step / 4)^2, and above a floor of 0.5 * 0.8: 0.4 + 0.4 * (1 - step / 4)^2.
+    assert rates(power=2.0) == pytest.approx([0.8, 0.45, 0.2, 0.05, 0.0], abs=1e-15)
+    assert rates(power=2.0, final_ratio=0.5) == pytest.approx([0.8, 0.625, 0.5, 0.425, 0.4])

@@ -14,7 +14,7 @@ import torch
 
 import cbtm
 from cbtm.branch.seed import ScratchModelConfig, create_model, load_model
-from cbtm.errors import Interrupted
+from cbtm.errors import ConfigError, Interrupted
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.config import OptimizationConfig
@@ -322,6 +322,67 @@ def test_accumulated_step_is_the_step_of_the_whole_batch(tmp_path, micro_batch_s
     assert moved > 1e-2
     for one, other in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_follows_the_losses_of_float32(tmp_path, uninterrupted, precision):
+    model, result = run(tmp_path, precision=precision)
+    losses = [point["train/loss"] for point in result.curve]
+    expected = [point["train/loss"] for point in uninterrupted[0.0][1].curve]
+    assert losses == pytest.approx(expected, rel=2e-2)
+    assert losses != expected
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_goes_on_as_if_it_had_not_crashed(tmp_path, precision):
+    whole = run(tmp_path / "whole", precision=precision, dropout=0.2)
+    with pytest.raises(PowerCut):
+        run(tmp_path / "cut", precision=precision, dropout=0.2, progress=at_step(6, cut))
+    assert_same_run(run(tmp_path / "cut", precision=precision, dropout=0.2), whole)
+
+
+def test_float16_leaves_steps_out_until_the_loss_scale_fits(tmp_path, caplog):
+    # 2^40 times any gradient of this model overflows float16: every step halves the scale, and nothing is learned.
+    start = {name: tensor.clone() for name, tensor in tiny().state_dict().items()}
+    model, _ = run(tmp_path / "high", precision="float16", loss_scale=2.0**40)
+    assert "step=11 left out: its gradient overflows at a loss scale of 5.36871e+08" in caplog.text  # 2^40 / 2^11
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name])
+    # From 2^20 it comes down to where it fits, and learns from there.
+    learned, _ = run(tmp_path / "low", precision="float16", loss_scale=2.0**20)
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in learned.state_dict().items())
+
+
+def test_float16_stops_where_no_scale_helps(tmp_path):
+    model = tiny()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError, match=r"gradient norm is (inf|nan) at step"):
+        run(tmp_path, model=model, precision="float16", loss_scale=2.0**-14)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_changes_no_loss(tmp_path, uninterrupted, dropout):
+    assert_same_run(run(tmp_path, dropout=dropout, activation_checkpointing=True), uninterrupted[dropout])
+
+
+def test_activation_checkpointing_of_a_model_without_it_is_refused(tmp_path):
+    model = tiny()
+    type(model).supports_gradient_checkpointing = False
+    try:
+        with pytest.raises(ConfigError, match="activation_checkpointing is not supported by OPTForCausalLM"):
+            run(tmp_path, model=model, activation_checkpointing=True)
+    finally:
+        type(model).supports_gradient_checkpointing = True
+
+
+def test_compiled_model_is_trained_and_saved_like_any(tmp_path, uninterrupted):
+    # Without a compiler's minutes: the stance has the compiled call run the original code.
+    with torch.compiler.set_stance("force_eager"):
+        model, result = run(tmp_path, compile=True)
+    assert model.base_model._compiled_call_impl is not None
+    assert_same_run((model, result), uninterrupted[0.0])
 
 
 def test_weights_decay_in_matrices_only(tmp_path):
