@@ -64,8 +64,10 @@ def _train(run: Run, member: Member, work: Path) -> dict[str, Any]:
             progress=lambda step, loss: shown.update(step, optimization.steps, loss=f"{loss:.3f}"),
             folder=work,
         )
+        cost = {f"cost/{name}": value for name, value in facts["cost"].items() if isinstance(value, float)}
+        tracker.log_params({"device": facts["cost"]["device"]})
         tracker.log_metrics(
-            {"train/tokens_seen": facts["tokens_seen"], "train/epochs": facts["epochs"]}, facts["steps"]
+            {"train/tokens_seen": facts["tokens_seen"], "train/epochs": facts["epochs"], **cost}, facts["steps"]
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer_folder / name, work / name)

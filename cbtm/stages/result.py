@@ -201,6 +201,7 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "cbtm_version": cbtm.__version__,
             "seconds": _seconds(run),
+            "cost": _cost(run),
         },
         "corpus": {
             "root": config.corpus.root,
@@ -236,6 +237,12 @@ def _seconds(run: Run) -> dict[str, float]:
         "score": [run.score_spec(member) for member in members],
     }
     return {stage: round(sum(run.load(spec).metadata["seconds"] for spec in some), 1) for stage, some in specs.items()}
+
+
+def _cost(run: Run) -> list[dict[str, Any]]:
+    """The cost line of each model that was trained here, the seed first."""
+    found = ((member, run.load(run.train_spec(member)).metadata) for member in (Member("seed"), *run.config.members))
+    return [{"member": member.name, **facts["cost"]} for member, facts in found if "cost" in facts]
 
 
 def _curves(run: Run) -> dict[str, list[dict[str, float]]]:

@@ -34,12 +34,14 @@ class TrainState:
         step: Steps taken.
         curve: Points of the training curve so far.
         losses: Losses of the steps since its last point, which the next point is the mean of.
+        seconds: Time of the steps so far.
         loss_scaling: State of the loss scaler of float16; empty for other precisions.
     """
 
     step: int
     curve: list[dict[str, float]]
     losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     loss_scaling: dict[str, float] = field(default_factory=dict)
 
 
@@ -173,4 +175,4 @@ def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> T
             # The step count too: a fused optimiser keeps it beside the parameter.
             optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in by_parameter[name].items()}
     values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    return TrainState(values["step"], values["curve"], values["losses"], values.get("loss_scaling", {}))
+    return TrainState(**values)

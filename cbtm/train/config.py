@@ -35,6 +35,7 @@ class OptimizationConfig(Config):
         log_every: Steps between points of the training curve.
         threads: CPU threads; None takes PyTorch's default. Results are equal to the bit for equal counts only.
         device: Where to train; auto takes a GPU where there is one.
+        price_per_hour: Price of an hour of the device, for the cost of each model in the report.
     """
 
     steps: int = Field(ge=1)
@@ -58,6 +59,7 @@ class OptimizationConfig(Config):
     log_every: int = Field(default=20, ge=1)
     threads: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    price_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "OptimizationConfig":
@@ -66,8 +68,9 @@ class OptimizationConfig(Config):
         return self
 
     def result_digest(self) -> str:
-        """Digest of what the trained weights depend on: how often progress is saved or logged is no part of it."""
-        return digest_of(self.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}))
+        """Digest of what the trained weights depend on: neither how often progress is saved or logged nor
+        the price is a part of it."""
+        return digest_of(self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "price_per_hour"}))
 
     @property
     def total_tokens(self) -> int:

@@ -9,6 +9,7 @@ from cbtm.branch.seed import save_model
 from cbtm.tokens import TokenDocuments
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.config import OptimizationConfig
+from cbtm.train.cost import cost_of
 from cbtm.train.data import BlockOrder
 from cbtm.train.member import Member
 from cbtm.train.trainer import Report, train
@@ -72,6 +73,7 @@ def train_member(
         "epochs": round(result.epochs, 4),
         "steps": config.steps,
         "sequences_per_step": sequences_per_step,
+        "cost": cost_of(model, config, device=result.device, tokens=result.tokens, seconds=result.seconds),
         "final_loss": result.curve[-1]["train/loss"],
     }
     (folder / EXPERT_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

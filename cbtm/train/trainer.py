@@ -7,6 +7,7 @@ to the bit on one device type and thread count, the losses of a run that was nev
 
 import logging
 import math
+import platform
 import signal
 import threading
 import time
@@ -35,10 +36,12 @@ Report = Callable[[Mapping[str, float], int], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves besides the model: tokens seen, passes over the data, and the curve."""
+    """What training leaves besides the model: tokens seen, passes over the data, time, device, and the curve."""
 
     tokens: int
     epochs: float
+    seconds: float
+    device: str
     curve: list[dict[str, float]]
 
 
@@ -51,6 +54,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU calls itself, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def train(
@@ -98,6 +106,8 @@ def train(
     return TrainResult(
         tokens=config.steps * sequences_per_step * config.context_length,
         epochs=order.epochs(config.steps * sequences_per_step),
+        seconds=loop.state().seconds,
+        device=device_name(loop.device),
         curve=loop.curve,
     )
 
@@ -122,12 +132,14 @@ class _Loop:
         self._losses: list[float] = []
         self._norm = 0.0
         self._since, self._timed_from = time.perf_counter(), 0
+        self._seconds, self._began = 0.0, time.perf_counter()
 
     def resume(self, checkpoints: Checkpoints, report: Report) -> None:
         state = checkpoints.restore(self.model, self.optimizer)
         if state is None:
             return
         self.step, self.curve, self._losses = state.step, list(state.curve), list(state.losses)
+        self._seconds = state.seconds
         self.scaler.load_state_dict(dict(state.loss_scaling))
         self._timed_from = self.step
         logger.info("resumed at step=%d/%d from %s", self.step, self.config.steps, checkpoints.uri)
@@ -135,7 +147,8 @@ class _Loop:
             report({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
 
     def state(self) -> TrainState:
-        return TrainState(self.step, self.curve, self._losses, self.scaler.state_dict())
+        seconds = self._seconds + time.perf_counter() - self._began
+        return TrainState(self.step, self.curve, self._losses, seconds, self.scaler.state_dict())
 
     def take_step(self) -> float:
         rate = self._learning_rate()

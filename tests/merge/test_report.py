@@ -51,6 +51,12 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
         "run": {
             "name": "by hand", "root": "runs/by-hand", "created": "2025-01-02T03:04:05+00:00",
             "cbtm_version": "0.1.0", "seconds": {"fit": 2.5, "train": 125.0},
+            "cost": [
+                {"member": "dense", "device": "NVIDIA H100", "seconds": 7300.0, "tokens_per_second": 45000.0,
+                 "flops": 2.5e18, "utilisation": 0.345, "price": 6.08},
+                {"member": "cluster-00000", "device": "cpu (x86_64)", "seconds": 61.0, "tokens_per_second": 900.0,
+                 "flops": 3e12, "utilisation": None, "price": None},
+            ],
         },
         "corpus": {
             "root": "corpora/c8", "train_split": "train", "validation_split": "valid", "train_documents": 1000,
@@ -371,6 +377,14 @@ def test_same_data_gives_the_same_bytes_whatever_the_user_configured(page: str):
         before = dict(matplotlib.rcParams)
         assert render_report(copy.deepcopy(make_result()), make_curves()) == page
         assert dict(matplotlib.rcParams) == before
+
+
+def test_cost_of_each_model_is_told_and_what_is_not_known_is_not():
+    page = render_report(make_result(), make_curves())
+    assert "2\u00a0h 02\u00a0min on NVIDIA H100, cpu (x86_64), at a price of 6.08; the 2 models one by one" in page
+    # 2.5e18 FLOP are 2,500 PFLOP.
+    assert "<td>2,500.000</td><td>34.5 %</td><td>6.08</td>" in page
+    assert "<td>0.003</td><td>–</td><td>–</td>" in page
 
 
 def test_arms_that_were_not_trained_leave_no_row_and_no_claim():

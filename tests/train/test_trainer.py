@@ -18,6 +18,7 @@ from cbtm.errors import ConfigError, Interrupted
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.config import OptimizationConfig
+from cbtm.train.cost import flops_per_token
 from cbtm.train.data import BlockOrder
 from cbtm.train.expert import train_member
 from cbtm.train.member import Member
@@ -290,6 +291,16 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_time_of_an_interrupted_run_counts(tmp_path):
+    def wait() -> None:
+        time.sleep(0.2)
+
+    with pytest.raises(PowerCut):
+        run(tmp_path, progress=lambda step, loss: (at_step(3, wait)(step, loss), at_step(6, cut)(step, loss)))
+    # The checkpoint of step 4 holds the time up to it.
+    assert run(tmp_path)[1].seconds > 0.2
+
+
 def test_points_are_means_over_the_steps_since_the_last_one(tmp_path):
     losses = []
     _, result = run(tmp_path, progress=lambda step, loss: losses.append((step, loss)))
@@ -470,6 +481,9 @@ def test_member_is_written_as_a_model_folder_with_its_facts_and_curve(tmp_path):
     )
     curve = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     assert json.loads((folder / "expert.json").read_text()) == facts
+    cost = facts.pop("cost")
+    assert cost["flops"] == 12 * 2 * 8 * flops_per_token(model, 8)
+    assert cost["seconds"] > 0
     assert facts == {
         "format": 1,
         "member": "cluster-00003",
