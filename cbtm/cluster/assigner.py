@@ -17,6 +17,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from cbtm.cluster.fixed import NO_ASSIGNMENT, FixedAssignments
 from cbtm.cluster.labelling import Labeller, Method
 from cbtm.config import Config
 from cbtm.corpus import CorpusConfig, Document, ReadCounts, plain_name, read_file
-from cbtm.errors import DataError
+from cbtm.errors import CbtmError, DataError
 from cbtm.plan import PlannedFile, ShardGroup
 from cbtm.process import end_with_parent
 from cbtm.progress import Progress, progress
@@ -258,6 +259,11 @@ def _share(work: _Work, tools: Tools, todo: list[int], shown: Progress, done: in
                 future.result()
                 done += 1
                 shown.update(done, len(work.group.files))
+        except BrokenProcessPool as error:
+            raise CbtmError(
+                "a process of the assigner was ended by the system, most often for want of memory; lower "
+                f"assign.processes={work.config.processes}, and the same command goes on at the next file"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

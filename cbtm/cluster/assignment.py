@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from cbtm.cluster.devices import NUMPY, Array, Device, find_device
 from cbtm.cluster.dual import Scale, smoothed_prices
+from cbtm.cluster.paths import cheapest_path
 from cbtm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class _Repair:
     def run(self) -> None:
         """Move points until every cluster has its size; each move takes the cheapest path."""
         while (surplus := self._sizes - self._floor - self._has_extra).any():
-            path = self._cheapest_path(surplus)
+            path = cheapest_path(self._edges, self._prices, np.append(surplus, 0))  # the pool is neither
             self._move_along(path, limit=int(min(surplus[path[0]], -surplus[path[-1]])))
 
     def prices(self) -> NDArray[np.float64]:
@@ -201,23 +202,6 @@ class _Repair:
             weights[self._pool] = np.inf if self._has_extra[cluster] else 0
             self._edges[self._pool, cluster] = 0 if self._has_extra[cluster] else np.inf
 
-    def _cheapest_path(self, surplus: NDArray[np.intp]) -> list[int]:
-        """Nodes from a cluster with too many points to one with too few; the prices then make its edges tight.
-
-        Lengths are measured at the current prices, so that moves which cost nothing more, as between clusters
-        that a point ties for, come first.
-        """
-        start = np.append(np.where(surplus > 0, -self._prices[: self._pool], np.inf), np.inf)
-        lengths, parents = _shortest_paths(self._edges, start)
-        excess = lengths + self._prices
-        wanting = np.flatnonzero(surplus < 0)
-        target = int(wanting[excess[wanting].argmin()])
-        self._prices -= np.minimum(excess, excess[target])
-        path = [target]
-        while (parent := int(parents[path[-1]])) >= 0:
-            path.append(parent)
-        return path[::-1]
-
     def _move_along(self, path: list[int], limit: int) -> None:
         """Move points along every edge of `path`: as many as tie for the least growth, and at most `limit`."""
         moves = []
@@ -246,28 +230,3 @@ def _grid_unit(widest_range: float, n_clusters: int) -> float:
         return 1.0
     bits = 50 - math.ceil(math.log2(n_clusters + 2))
     return max(math.ldexp(1.0, math.frexp(widest_range)[1] - bits), math.ulp(0.0))
-
-
-def _shortest_paths(
-    edges: NDArray[np.float64], start: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Bellman-Ford from every node at once, each with its own start length (infinite: not a start).
-
-    There are no negative cycles, so m rounds suffice for m nodes, and the parents form a forest.
-
-    Returns:
-        Length of the shortest path to each node (m,), and the node before it, -1 at a start.
-    """
-    lengths = start
-    parents = np.full(len(start), -1, dtype=np.intp)
-    nodes = np.arange(len(start))
-    for _ in nodes:
-        through = lengths[:, None] + edges  # (from, to)
-        before = through.argmin(axis=0)
-        reached = through[before, nodes]
-        is_shorter = reached < lengths
-        if not is_shorter.any():
-            break
-        lengths = np.where(is_shorter, reached, lengths)
-        parents = np.where(is_shorter, before, parents)
-    return lengths, parents

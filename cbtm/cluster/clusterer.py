@@ -98,7 +98,7 @@ class Clusterer:
         except (OSError, KeyError, SafetensorError) as error:
             raise ManifestError(f"{folder} is no clusterer folder: {error}; fit the clusterer again") from error
         embedder = TfidfSvdEmbedder.load(folder)
-        if centers.shape != (settings.get("n_clusters"), embedder.n_components_):
+        if centers.shape != (settings["n_clusters"], embedder.n_components_):
             raise ManifestError(
                 f"{folder}: centres of shape {centers.shape} do not fit {settings.get('n_clusters')} clusters and an "
                 f"embedder of length {embedder.n_components_}; fit the clusterer again"
@@ -117,7 +117,7 @@ def read_settings(uri: str) -> dict[str, Any]:
     """
     try:
         settings: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, SETTINGS_FILE)))
-        found = settings["format"]
+        found, _ = settings["format"], settings["n_clusters"]
     except (StorageError, ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{uri} is no clusterer folder: {error}; fit the clusterer again") from error
     if found != _FORMAT:

@@ -64,10 +64,7 @@ def fit_clusterer(
         DataError: If there are no documents, or none with a countable word, or their number changed before they
             were read a second time.
     """
-    if given is not None and given.n_clusters != config.n_clusters:
-        raise ConfigError(f"cluster.n_clusters={config.n_clusters}, but the given clusterer has {given.n_clusters}")
-    if config.needs_tokens and count_tokens is None:
-        raise ConfigError("cluster.balance='tokens' needs a tokenizer that counts them; pass count_tokens")
+    _check(config, given, count_tokens)
     assigned = None if fixed is None else FixedClusters(fixed)
     if assigned is not None:
         documents = assigned.only_with(documents)
@@ -96,6 +93,13 @@ def fit_clusterer(
         clusterer.save(folder, domains)
         facts = _facts(clusterer, found, domains, sample.tokens)
         return facts if assigned is None else {**facts, "unassigned": assigned.missing}
+
+
+def _check(config: ClusterConfig, given: Clusterer | None, count_tokens: CountTokens | None) -> None:
+    if given is not None and given.n_clusters != config.n_clusters:
+        raise ConfigError(f"cluster.n_clusters={config.n_clusters}, but the given clusterer has {given.n_clusters}")
+    if config.needs_tokens and count_tokens is None:
+        raise ConfigError("cluster.balance='tokens' needs a tokenizer that counts them; pass count_tokens")
 
 
 @dataclass(frozen=True)

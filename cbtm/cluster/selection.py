@@ -89,12 +89,7 @@ def compare_k(
         ConfigError: If a setting is out of its range, or a k exceeds the documents of a resampled fit.
         DataError: If `vectors` is not a finite matrix, or the number of labels differs from n.
     """
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2:
-        raise DataError(f"vectors has shape {vectors.shape}; pass a matrix of (documents, dimensions)")
-    if not np.isfinite(vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise DataError(f"row {row} of vectors is not finite; remove or mend this document")
+    vectors = _checked_vectors(vectors)
     if true_labels is not None and len(true_labels) != len(vectors):
         raise DataError(f"{len(true_labels)} labels for {len(vectors)} documents; pass one per document")
     n_resampled = min(max_documents_per_fit, math.floor(RESAMPLED_PART * len(vectors)))
@@ -209,6 +204,16 @@ def candidates_json(candidates: Sequence[Candidate], suggested: int | None) -> d
 
 def _even(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [row for row in candidates if row.balance <= LARGEST_BALANCE]
+
+
+def _checked_vectors(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2:
+        raise DataError(f"vectors has shape {vectors.shape}; pass a matrix of (documents, dimensions)")
+    if not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise DataError(f"row {row} of vectors is not finite; remove or mend this document")
+    return vectors
 
 
 def _checked_ks(

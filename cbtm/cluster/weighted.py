@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from cbtm.cluster.assignment import _checked_cost, _checked_prices
 from cbtm.cluster.devices import NUMPY, one_blas_thread
 from cbtm.cluster.dual import Scale, smoothed_prices
+from cbtm.cluster.paths import cheapest_path
 from cbtm.errors import ConfigError, DataError
 
 _WEIGHT_BITS = 61  # k W counts at most 2^61 units, so that int64 sums do not overflow
@@ -250,7 +251,7 @@ class _Repair:
     def run(self) -> None:
         """Move weight until every cluster has its load; each move takes the cheapest path."""
         while self._surplus.any():
-            self._move_along(self._cheapest_path())
+            self._move_along(cheapest_path(self._edges, self._prices, self._surplus))
 
     def prices(self) -> NDArray[np.float64]:
         """Prices of the clusters (k,) in cost per mean weight, of mean 0."""
@@ -291,30 +292,6 @@ class _Repair:
                 growth -= growth[:, cluster, None].copy()
                 self._edges[cluster] = growth.min(axis=0)
                 self._edges[cluster, cluster] = np.inf
-
-    def _cheapest_path(self) -> list[int]:
-        """Clusters from one with surplus to one in want; the prices then make the edges between them tight."""
-        # Bellman-Ford from all clusters with surplus. There are no negative cycles, and only a shorter way replaces
-        # one, so the parents form a forest, and of equally short paths one of fewest edges is found.
-        lengths = np.where(self._surplus > 0, -self._prices, np.inf)
-        parents = np.full(len(lengths), -1, dtype=np.intp)
-        for _ in lengths:
-            through = lengths[:, None] + self._edges  # (from, to)
-            before = through.argmin(axis=0)
-            reached = through.min(axis=0)
-            is_shorter = reached < lengths
-            if not is_shorter.any():
-                break
-            lengths = np.where(is_shorter, reached, lengths)
-            parents = np.where(is_shorter, before, parents)
-        excess = lengths + self._prices
-        wanting = np.flatnonzero(self._surplus < 0)
-        target = int(wanting[excess[wanting].argmin()])
-        self._prices -= np.minimum(excess, excess[target])
-        path = [target]
-        while (parent := int(parents[path[-1]])) >= 0:
-            path.append(parent)
-        return path[::-1]
 
     def _move_along(self, path: list[int]) -> None:
         """Move weight along `path`: as much as points tie for the least growth on each edge."""

@@ -231,7 +231,9 @@ def _prepare(model: nn.Module, config: OptimizationConfig) -> None:
     if config.activation_checkpointing:
         if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
             raise ConfigError(f"activation_checkpointing is not supported by {type(model).__name__}; switch it off")
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        # transformers 5 calls it by the first name and warns about the second; 4 knows the second alone.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.compile:
         decoder = getattr(model, "base_model", model)  # the head is computed in chunks, outside of it
         decoder.compile()

@@ -25,7 +25,7 @@ from cbtm.cluster.embedder import TfidfSvdEmbedder
 from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.corpus import CorpusConfig, ReadCounts, read_files
-from cbtm.errors import DataError, ManifestError, StorageError
+from cbtm.errors import CbtmError, DataError, ManifestError, StorageError
 from cbtm.plan import make_plan
 from cbtm.stages.prepare import _open_tools
 from cbtm.tokens import TokenDocuments
@@ -79,6 +79,13 @@ def assign(parts, folder, part="train", **settings):
         folder,
         scratch=folder.with_name(f"{folder.name}-parts"),
     )
+
+
+def assign_files(parts, corpus, group, folder):
+    """Assign a group of another corpus than that of `parts`."""
+    *_, clusterer, tokenizer = parts
+    scratch = folder.with_name(f"{folder.name}-parts")
+    return assign_group(AssignConfig(), corpus, group, lambda: (clusterer, tokenizer), folder, scratch=scratch)
 
 
 def lines_of(folder, path):
@@ -230,21 +237,13 @@ def test_random_clusters_may_be_left_out(parts, tmp_path):
 
 
 def test_clusters_without_a_document_have_an_empty_shard(parts, tmp_path):
-    *_, clusterer, tokenizer = parts
     root = tmp_path / "corpus"
     for split in ("train", "valid"):
         (root / split / "00000").mkdir(parents=True)
         (root / split / "00000/a.jsonl").write_text('{"text": "cat dog horse cat fox"}\n')
     alone = CorpusConfig(root=str(root))
     (group,) = make_plan(alone, max_groups=1).part("train")
-    facts = assign_group(
-        AssignConfig(),
-        alone,
-        group,
-        lambda: (clusterer, tokenizer),
-        tmp_path / "out",
-        scratch=tmp_path / "parts" / group.name,
-    )
+    facts = assign_files(parts, alone, group, tmp_path / "out")
     counts = [row["documents"] for row in facts["clusters"]["learned"]]
     assert sorted(counts) == [0, 0, 1]
     for cluster in range(K):
@@ -263,7 +262,6 @@ def with_bad_lines(tmp_path, lines):
 
 
 def test_what_is_read_is_assigned_or_skipped_with_its_reason(parts, tmp_path):
-    *_, clusterer, tokenizer = parts
     lines = [
         '{"text": "cat dog"}',
         "no json",
@@ -273,14 +271,7 @@ def test_what_is_read_is_assigned_or_skipped_with_its_reason(parts, tmp_path):
         '{"text": ""}',
     ]
     corpus, group = with_bad_lines(tmp_path, lines)
-    facts = assign_group(
-        AssignConfig(),
-        corpus,
-        group,
-        lambda: (clusterer, tokenizer),
-        tmp_path / "out",
-        scratch=tmp_path / "parts" / group.name,
-    )
+    facts = assign_files(parts, corpus, group, tmp_path / "out")
     assert facts["documents"] == 2
     assert facts["skipped"] == {"not JSON with a text": 2, "empty text": 2}
     assert facts["documents"] + sum(facts["skipped"].values()) == len(lines)
@@ -291,33 +282,17 @@ def test_what_is_read_is_assigned_or_skipped_with_its_reason(parts, tmp_path):
 
 
 def test_too_many_bad_lines_stop_the_group(parts, tmp_path):
-    *_, clusterer, tokenizer = parts
     corpus, group = with_bad_lines(tmp_path, ['{"text": "cat dog"}', "x", "y", "z"])
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: not JSON .*; 3 bad lines are more than"):
-        assign_group(
-            AssignConfig(),
-            corpus,
-            group,
-            lambda: (clusterer, tokenizer),
-            tmp_path / "out",
-            scratch=tmp_path / "parts" / group.name,
-        )
+        assign_files(parts, corpus, group, tmp_path / "out")
 
 
 def test_group_without_a_document_is_refused(parts, tmp_path):
-    *_, clusterer, tokenizer = parts
     corpus, group = with_bad_lines(tmp_path, ['{"text": ""}'])
     with pytest.raises(
         DataError, match=r"files of shard group train-00000 hold no document \(1 x empty text\): train/00000/a\.jsonl"
     ):
-        assign_group(
-            AssignConfig(),
-            corpus,
-            group,
-            lambda: (clusterer, tokenizer),
-            tmp_path / "out",
-            scratch=tmp_path / "parts" / group.name,
-        )
+        assign_files(parts, corpus, group, tmp_path / "out")
 
 
 def test_batches_do_not_show_in_the_result(parts, tmp_path, monkeypatch):
@@ -760,3 +735,10 @@ def test_given_clusters_are_for_training_and_validation_takes_the_nearest(parts,
     )
     assign(parts, tmp_path / "nearest", part="validation")
     assert contents(tmp_path / "out") == contents(tmp_path / "nearest")
+
+
+def test_processes_that_the_system_ends_are_one_readable_error(parts, tmp_path):
+    corpus, train, *_ = parts
+    die = partial(os._exit, 9)  # instead of opening clusterer and tokenizer
+    with pytest.raises(CbtmError, match=r"a process of the assigner was ended .* lower assign\.processes=2"):
+        assign_group(AssignConfig(processes=2), corpus, train, die, tmp_path / "out", scratch=tmp_path / "parts")

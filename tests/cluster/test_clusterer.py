@@ -219,9 +219,10 @@ def test_centres_of_another_shape_are_refused(fitted, shape):
         ('{"format": 1, "n_clusters": 3}', "clusterer format 1, this cbtm reads 2"),
         ('{"format": 2, "n_clusters": 3}', "does not name the files"),
         ('{"format": 3, "n_clusters": 3}', "clusterer format 3, this cbtm reads 2"),
-        ('{"format": 2, "files": ["centers.safetensors"]}', "does not name the files"),
-        ('{"format": 2, "files": {"embedder.json": "00"}}', "does not name the files"),
+        ('{"format": 2, "n_clusters": 3, "files": ["centers.safetensors"]}', "does not name the files"),
+        ('{"format": 2, "n_clusters": 3, "files": {"embedder.json": "00"}}', "does not name the files"),
         ('{"n_clusters": 3}', "is no clusterer folder: 'format'"),
+        ('{"format": 2}', "is no clusterer folder: 'n_clusters'"),
         ("[]", "is no clusterer folder"),
     ],
 )
