@@ -108,6 +108,18 @@ class Clusterer:
             return cls(embedder, centers)
         return cls(embedder, centers, DistanceProfile.from_json(json.loads(profile.read_text()), source=str(profile)))
 
+    @classmethod
+    def fetch(cls, uri: str, scratch: Path) -> "Clusterer":
+        """Open a folder, local or s3://, which is brought to `scratch`.
+
+        Raises:
+            ManifestError: As for `load`.
+        """
+        if not storage.is_s3(uri):
+            return cls.load(storage.local_path(uri))
+        storage.download(uri, scratch, [file.path for file in storage.list_files(uri)])
+        return cls.load(scratch)
+
 
 def read_settings(uri: str) -> dict[str, Any]:
     """What `clusterer.json` of a folder or s3:// prefix says; it costs one small read.

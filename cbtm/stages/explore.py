@@ -1,11 +1,10 @@
 """Looking at domains outside of a run: how many there are, and whether new text still falls into them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cbtm import storage
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.drift import DriftReport, measure_drift
 from cbtm.cluster.embedder import TfidfSvdEmbedder
@@ -16,8 +15,6 @@ from cbtm.corpus import CorpusConfig, Document, ReadCounts, list_split, read_fil
 from cbtm.errors import ConfigError, DataError
 from cbtm.progress import progress
 from cbtm.run import RunConfig
-
-Progress = Callable[[int, int], None]
 
 
 def suggest_k(config: RunConfig, ks: Sequence[int], *, repeats: int = 3) -> list[Candidate]:
@@ -53,7 +50,7 @@ def suggest_k(config: RunConfig, ks: Sequence[int], *, repeats: int = 3) -> list
             repeats=repeats,
             random_state=cluster.random_state,
             true_labels=true_labels,
-            progress=lambda done, total: shown.update(done, total),
+            progress=shown.update,
         )
 
 
@@ -71,7 +68,7 @@ def drift(clusterer: str, corpus: str, split: str, scratch: Path) -> DriftReport
         ManifestError: If the clusterer folder is damaged or of another version.
         DataError: If the split holds no document.
     """
-    found = Clusterer.load(_local(clusterer, scratch))
+    found = Clusterer.fetch(clusterer, scratch)
     if found.profile is None:
         raise ConfigError(
             f"{clusterer} does not say how far its own documents lie from the centres, as imported clusterers do "
@@ -81,13 +78,6 @@ def drift(clusterer: str, corpus: str, split: str, scratch: Path) -> DriftReport
     documents = _documents(config, [file.path for file in list_split(corpus, split)], "drift")
     blocks = found.embedder.transform_blocks(document.text for document in documents)
     return measure_drift(found.profile, blocks, np.asarray(found.centers))
-
-
-def _local(uri: str, scratch: Path) -> Path:
-    if not storage.is_s3(uri):
-        return storage.local_path(uri)
-    storage.download(uri, scratch, [file.path for file in storage.list_files(uri)])
-    return scratch
 
 
 def _documents(corpus: CorpusConfig, paths: Sequence[str], task: str) -> Iterator[Document]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer, build_tokenizer
 from cbtm.cluster.assigner import assign_group
 from cbtm.cluster.clusterer import Clusterer
@@ -39,13 +38,13 @@ def cluster(run: Run, work: Path) -> dict[str, Any]:
         config,
         _TrainDocuments(run, counts),
         work,
-        given=_given_clusterer(run, scratch),
+        given=Clusterer.fetch(config.path, scratch / "given") if config.path is not None else None,
         fixed=run.fixed_assignments,
         labels=read_labels(config.labels, run.paths("train")) if config.labels is not None else None,
         count_tokens=_token_counter(_encoder(run, scratch)) if config.needs_tokens else None,
     )
-    for _ in range(facts.pop("unassigned", 0)):
-        counts.skip(NO_ASSIGNMENT)
+    if unassigned := facts.pop("unassigned", 0):
+        counts.skipped[NO_ASSIGNMENT] = unassigned
     return {**facts, "skipped": counts.skipped}
 
 
@@ -66,18 +65,6 @@ def assign(run: Run, name: str, work: Path) -> dict[str, Any]:
 
 def _open_tools(clusterer: Path, tokenizer: Path) -> tuple[Clusterer, TextTokenizer]:
     return Clusterer.load(clusterer), TextTokenizer.load(tokenizer)
-
-
-def _given_clusterer(run: Run, scratch: Path) -> Clusterer | None:
-    uri = run.config.cluster.path
-    if uri is None:
-        return None
-    folder = scratch / "given"
-    if storage.is_s3(uri):
-        storage.download(uri, folder, [file.path for file in storage.list_files(uri)])
-    else:
-        folder = storage.local_path(uri)
-    return Clusterer.load(folder)
 
 
 def _encoder(run: Run, scratch: Path) -> TextTokenizer:
