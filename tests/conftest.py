@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cbtm import storage
+from cbtm import s3, storage
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -40,21 +40,23 @@ def s3_server() -> Iterator[tuple[str, Any]]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         _set_credentials(monkeypatch)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        storage._s3.cache_clear()
-        client = storage._s3()
-        storage._s3.cache_clear()
+        s3.client.cache_clear()
+        client = s3.client(attempts=8)
+        s3.client.cache_clear()
     yield f"http://{host}:{port}", client
     server.stop()
 
 
 @pytest.fixture
 def s3_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Credentials in the environment, for this test and its child processes; no endpoint yet."""
+    """Credentials in the environment, for this test and its child processes; no endpoint yet, and no patience."""
     _set_credentials(monkeypatch)
     monkeypatch.setenv("CBTM_SCRATCH", str(tmp_path / "scratch"))
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
+    storage.be_patient(0)
     yield monkeypatch
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
+    storage.be_patient(0)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def bucket(s3_server: tuple[str, Any], s3_settings: pytest.MonkeyPatch) -> str:
     endpoint, client = s3_server
     s3_settings.setenv("AWS_ENDPOINT_URL", endpoint)
     # One client for all tests: making one takes half a second.
-    s3_settings.setattr(storage, "_s3", functools.cache(lambda: client))
+    s3_settings.setattr(s3, "client", functools.cache(lambda attempts: client))
     name = f"test-{uuid.uuid4().hex}"
     client.create_bucket(Bucket=name)
     return f"s3://{name}"

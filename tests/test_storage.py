@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cbtm import storage
+from cbtm import s3, storage
 from cbtm.errors import StorageError
 
 MIB = 1 << 20
@@ -249,7 +249,7 @@ def test_a_killed_write_leaves_the_old_file_and_nothing_that_is_listed(tmp_path:
     script = f"""
 import os, shutil, signal
 from pathlib import Path
-from cbtm import storage
+from cbtm import s3, storage
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = os.replace = die
 if {action!r} == "write":
@@ -274,7 +274,7 @@ def test_a_folder_without_permission_is_an_error_and_not_empty():
     # Root may read everything, so a child process gives root up; its files lie where it may go.
     script = """
 import os, sys
-from cbtm import storage
+from cbtm import s3, storage
 if os.getuid() == 0:
     os.setuid(65534)
 for action in (storage.list_files, storage.read_bytes, storage.exists, storage.check_writable):
@@ -312,13 +312,13 @@ def test_all_pages_of_a_listing_are_read(bucket: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     for number in range(21):
         storage.write_bytes(f"{bucket}/many/{number:02d}", b"")
-    answer = storage._s3().list_objects_v2(Bucket=bucket.removeprefix("s3://"))
+    answer = s3.client(attempts=8).list_objects_v2(Bucket=bucket.removeprefix("s3://"))
     assert answer["KeyCount"] == 10  # so the listing takes three requests
     assert [file.path for file in storage.list_files(f"{bucket}/many")] == [f"{number:02d}" for number in range(21)]
 
 
 def test_the_empty_object_that_stands_for_a_folder_is_no_file(bucket: str):
-    storage._s3().put_object(Bucket=bucket.removeprefix("s3://"), Key="folder/", Body=b"")
+    s3.client(attempts=8).put_object(Bucket=bucket.removeprefix("s3://"), Key="folder/", Body=b"")
     storage.write_bytes(f"{bucket}/folder/a", b"x")
     assert files_of(bucket) == [("folder/a", 1)]
 
