@@ -1,6 +1,11 @@
 """Reading a corpus: `<root>/<split>/<shard>/<name>.jsonl[.gz|.zst]`, one `{"text": str, "id": …}` a line, or
 `<name>.parquet` with a column `text`, one document a row.
 
+A line `{"src": str, "tgt": str}`, or a row of columns so named, is an instruction: a document whose text is both, of
+which only tgt is learned. Where neither brings white space to the joint they meet at a line end, which belongs to what
+is given: words must not run together, and a line end is how prompts end that a model is asked with. Text that has its
+own space there is left as it is. Where a line has a text, that is the document, whatever else it has.
+
 A document is known by its `sp_id`, "<path relative to the corpus root>|<line or row, from 0>", so that a corpus may
 be moved. Files come in sorted order and lines in file order: every stage sees the same documents in the same order.
 
@@ -66,10 +71,11 @@ class CorpusConfig(Config):
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its identity and its text."""
+    """One document: its identity, its text, and how many characters at the text's start are given, not learned."""
 
     sp_id: str
     text: str
+    prompt: int = 0
 
 
 @dataclass
@@ -165,20 +171,24 @@ def read_file(root: str, path: str, *, max_bad_lines: int, counts: ReadCounts) -
     in_rows = path.endswith(parquet.SUFFIX)
     unit, wanted = ("row", "a text") if in_rows else ("line", "JSON with a text")
     bad = 0
-    for number, text in enumerate(_rows(uri) if in_rows else map(_text_of, read_lines(uri))):
-        if text is None:
+    for number, found in enumerate(_rows(uri) if in_rows else map(_parsed, read_lines(uri))):
+        if found is None:
             bad += 1
             counts.skip(f"not {wanted}")
             if bad > max_bad_lines:
                 raise DataError(
-                    f"{uri}, {unit} {number + 1}: not {wanted}{'' if in_rows else ' field'}; "
+                    f"{uri}, {unit} {number + 1}: not {wanted}{'' if in_rows else ' field, nor with src and tgt'}; "
                     f"{bad} bad {unit}s are more than corpus.max_bad_lines={max_bad_lines}"
                 )
-        elif not text.strip():
+            continue
+        text, prompt = found
+        if not text.strip():
             counts.skip("empty text")
+        elif prompt and not text[prompt:].strip():
+            counts.skip("empty tgt")
         else:
             counts.documents += 1
-            yield Document(f"{path}|{number}", text)
+            yield Document(f"{path}|{number}", text, prompt)
 
 
 def read_files(root: str, paths: Iterable[str], *, max_bad_lines: int, counts: ReadCounts) -> Iterator[Document]:
@@ -187,18 +197,32 @@ def read_files(root: str, paths: Iterable[str], *, max_bad_lines: int, counts: R
         yield from read_file(root, path, max_bad_lines=max_bad_lines, counts=counts)
 
 
-def _text_of(line: bytes) -> str | None:
+def _parsed(line: bytes) -> tuple[str, int] | None:
+    """Text of a line and the characters of it that are given; None for a bad line."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    text = record.get("text") if isinstance(record, dict) else None
-    return text if isinstance(text, str) else None
+    if not isinstance(record, dict):
+        return None
+    text = record.get("text")
+    if isinstance(text, str):
+        return text, 0
+    return _joined(record.get("src"), record.get("tgt")) if text is None else None
 
 
-def _rows(uri: str) -> Iterator[str | None]:
+def _rows(uri: str) -> Iterator[tuple[str, int] | None]:
     with _open_seekable(uri) as file:
-        yield from parquet.read_texts(file, uri, "text")
+        for text, src, tgt in parquet.read_texts(file, uri, ("text",), ("src", "tgt")):
+            yield (text, 0) if text is not None else _joined(src, tgt)
+
+
+def _joined(src: object, tgt: object) -> tuple[str, int] | None:
+    """Text of an instruction and the length of what stands before its answer."""
+    if not (isinstance(src, str) and isinstance(tgt, str)):
+        return None
+    joint = "\n" if src and not src[-1].isspace() and not tgt[:1].isspace() else ""
+    return f"{src}{joint}{tgt}", len(src) + len(joint)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ def test_one_bad_line_more_is_an_error_that_names_file_and_line(root: str):
     with pytest.raises(DataError) as caught:
         read(root, "train/0/a.jsonl", max_bad_lines=1)
     assert str(caught.value) == (
-        f"{root}/train/0/a.jsonl, line 4: not JSON with a text field; 2 bad lines are more than corpus.max_bad_lines=1"
+        f"{root}/train/0/a.jsonl, line 4: not JSON with a text field, nor with src and tgt; "
+        "2 bad lines are more than corpus.max_bad_lines=1"
     )
 
 

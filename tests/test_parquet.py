@@ -31,7 +31,7 @@ def read(root: str, path: str, max_bad_lines: int = 10) -> tuple[list[Document],
 
 
 def texts_of(content: bytes) -> list[str | None]:
-    return list(read_texts(io.BytesIO(content), "a.parquet", "text"))
+    return [text for (text,) in read_texts(io.BytesIO(content), "a.parquet", ("text",))]
 
 
 def long_texts(n: int) -> list[str]:
@@ -165,7 +165,7 @@ def test_a_file_that_is_gone_is_named(root: str):
 
 def test_a_file_without_the_column_is_an_error_with_the_columns_that_are_there(root: str):
     storage.write_bytes(f"{root}/a.parquet", packed({"content": ["x"], "url": ["y"]}))
-    expected = f"{root}/a.parquet has 0 columns named 'text', expected one; its columns: content, url"
+    expected = f"{root}/a.parquet has no column 'text', nor 'src' and 'tgt'; its columns: content, url"
     with pytest.raises(DataError, match=re.escape(expected)):
         read(root, "a.parquet")
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cbtm import storage
+from cbtm.branch.source import fetch_files, is_hub_name, list_names
 from cbtm.config import Config
 from cbtm.errors import ConfigError, DataError
 
@@ -29,8 +30,8 @@ class TokenizerConfig(Config):
     """Where the tokenizer comes from.
 
     Attributes:
-        path: Folder or s3:// prefix with tokenizer.json, or with GPT-2's vocab.json and merges.txt. None takes
-            the seed model's own; without a seed model's folder a BPE is trained.
+        path: Folder, s3:// prefix or hub name (as seed_model.path) with tokenizer.json, or with GPT-2's vocab.json and
+            merges.txt. None takes the seed model's own; without a given seed model a BPE is trained.
         vocab_size: Entries of a trained BPE, the separator and the 256 bytes included.
         max_documents: Documents that a BPE is trained on, from the start of the training split.
     """
@@ -113,6 +114,24 @@ class TextTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([self.separator_id, *encoding.ids], dtype=np.int64) for encoding in encodings]
 
+    def prompt_tokens(self, texts: Sequence[str], prompts: Sequence[int]) -> list[int]:
+        """How many tokens after the separator belong to the prompt that each text begins with; on all cores.
+
+        A token that reaches beyond the prompt is not of it: where a prompt ends in a space, byte-level BPE makes
+        that space the beginning of the answer's first word, and an answer of one word would not be learned at all.
+
+        Args:
+            texts: Whole texts, tokenised as by `encode_batch`.
+            prompts: Characters of each prompt, 0 for a text without one.
+        """
+        found = [0] * len(texts)
+        places = [place for place, prompt in enumerate(prompts) if prompt]
+        encodings = self._tokenizer.encode_batch([texts[place] for place in places], add_special_tokens=False)
+        for place, encoding in zip(places, encodings, strict=True):
+            beyond = (number for number, (_, end) in enumerate(encoding.offsets) if end > prompts[place])
+            found[place] = next(beyond, len(encoding))
+        return found
+
     def encode_with_starts(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens of a text, the separator first, and the character at which each begins.
 
@@ -145,11 +164,10 @@ def build_tokenizer(
 
 
 def fetch_tokenizer(path: str, scratch: Path) -> TextTokenizer:
-    """Open a tokenizer's folder, local or s3://."""
-    if not storage.is_s3(path):
+    """Open a tokenizer: of a local folder, an s3:// prefix, or a repository of the Hugging Face hub."""
+    if not is_hub_name(path) and not storage.is_s3(path):
         return TextTokenizer.load(storage.local_path(path))
-    names = [file.path for file in storage.list_files(path) if file.path in _FILES]
-    storage.download(path, scratch, names)
+    fetch_files(path, scratch, [name for name in list_names(path) if name in _FILES])
     return TextTokenizer.load(scratch)
 
 

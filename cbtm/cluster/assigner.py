@@ -44,7 +44,8 @@ LEARNED, RANDOM = "learned", "random"
 Tools = Callable[[], tuple[Clusterer, Encoder]]
 
 _PART, _CLUSTERS, _COUNTS = "part", "clusters.i4", "counts.json"
-_OPEN_SHARDS = 200  # token shards written at once: three open files each
+_PART_FORMAT = 2  # with prompts
+_OPEN_SHARDS = 200  # token shards written at once: three open files each, four where there are prompts
 
 
 class AssignConfig(Config):
@@ -159,7 +160,7 @@ class _Work:
         if not path.is_file() or not (self.folder / assignment_path(file.path)).is_file():
             return None
         counts: dict[str, Any] = json.loads(path.read_text())
-        return counts if counts["file"] == _identity(file) else None
+        return counts if counts.get("format") == _PART_FORMAT and counts["file"] == _identity(file) else None
 
     def deal(self, n_clusters: int, vocab_size: int) -> dict[str, list[dict[str, int]]]:
         """Write the token shards of all clusters, as many at once as files may be open."""
@@ -181,10 +182,11 @@ class _Work:
             return
         clusters = np.memmap(self.part(number) / _CLUSTERS, dtype=np.int32, mode="r")
         rows = clusters.reshape(part.n_documents, len(self.partitions))
-        for record, tokens, row in zip(part.records(), part.documents(), rows, strict=True):
+        documents = zip(part.records(), part.documents(), part.prompts(), rows, strict=True)
+        for record, tokens, prompt, row in documents:
             for key in zip(self.partitions, row.tolist(), strict=True):
                 if (writer := writers.get(key)) is not None:
-                    writer.add(record, tokens)
+                    writer.add(record, tokens, prompt)
 
     def _writer(self, partition: str, cluster: int, vocab_size: int) -> TokenShardWriter:
         below, stem = token_shard(partition, self.group.split, cluster, self.group.name)
@@ -211,15 +213,16 @@ class _FileAssigner:
             (part / _CLUSTERS).open("wb") as clusters,
             lines.open("wb") as out,
         ):
-            for batch, labels, tokens in self._batches(file.path, labeller, counts):
+            for batch, labels, tokens, prompts in self._batches(file.path, labeller, counts):
                 out.write(b"".join(_line(*pair) for pair in zip(batch, labels.tolist(), strict=True)))
                 columns = [labels]
                 if RANDOM in work.partitions:
                     columns.append(np.fromiter(dealer, dtype=np.int32, count=len(batch)))
                 clusters.write(np.stack(columns, axis=1).astype(np.int32).tobytes())
-                for document, row in zip(batch, tokens, strict=True):
-                    writer.add(DocumentRecord(document.sp_id, len(document.text.encode())), row)
+                for document, row, prompt in zip(batch, tokens, prompts, strict=True):
+                    writer.add(DocumentRecord(document.sp_id, len(document.text.encode())), row, prompt)
         content = {
+            "format": _PART_FORMAT,
             "file": _identity(file),
             "documents": counts.documents,
             "skipped": counts.skipped,
@@ -231,8 +234,8 @@ class _FileAssigner:
 
     def _batches(
         self, path: str, labeller: Labeller, counts: ReadCounts
-    ) -> Iterator[tuple[list[Document], NDArray[np.int32], list[NDArray[np.int64]]]]:
-        """Documents of one file with their clusters and tokens."""
+    ) -> Iterator[tuple[list[Document], NDArray[np.int32], list[NDArray[np.int64]], list[int]]]:
+        """Documents of one file with their clusters, tokens and tokens of their prompts."""
         corpus, fixed = self._work.corpus, self._work.fixed
         documents = read_file(corpus.root, path, max_bad_lines=corpus.max_bad_lines, counts=counts)
         given = fixed.of_file(path) if fixed is not None else None
@@ -241,11 +244,14 @@ class _FileAssigner:
         while batch := list(itertools.islice(documents, labeller.batch)):
             texts = [document.text for document in batch]
             tokens = self._encoder.encode_batch(texts)
+            prompts = [document.prompt for document in batch]
+            if any(prompts):
+                prompts = self._encoder.prompt_tokens(texts, prompts)
             if given is not None:
                 labels = np.array([given[_number(document)] for document in batch], dtype=np.int32)
             else:
                 labels = labeller.label(texts, np.array([len(row) for row in tokens]))
-            yield batch, labels, tokens
+            yield batch, labels, tokens, prompts
 
 
 def _share(work: _Work, tools: Tools, todo: list[int], shown: Progress, done: int) -> None:
