@@ -1,8 +1,9 @@
 """The compiled pipeline on this machine: no cluster, no container engine, no server.
 
-kfp.local executes the same YAML that a Kubeflow cluster gets, every task in a process of its own, two at a time.
-It prints freely and takes over the root logger, so it runs as a child process whose output goes to a log file; this
-process follows that file and shows one line of progress on a terminal, and little elsewhere.
+kfp.local executes the same YAML that a Kubeflow cluster gets, every task in a process of its own, as many of a loop at
+once as this machine has devices for. It prints freely and takes over the root logger, so it runs as a child process
+whose output goes to a log file; this process follows that file and shows one line of progress on a terminal, and little
+elsewhere.
 """
 
 import contextlib
@@ -31,12 +32,14 @@ from cbtm.progress import PREFIX
 from cbtm.run import Run
 from cbtm.stages.tracked import finish_parent
 from cbtm.tracking import RunStatus
+from cbtm.train.launch import STOP_SECONDS
+from cbtm.train.slots import default_folder, tasks_at_once
 
 logger = logging.getLogger(__name__)
 
 COMPILED = "compiled/cbtm.yaml"
 _POLL_SECONDS = 0.3
-_STOP_SECONDS = 60.0
+_STOP_SECONDS = STOP_SECONDS + 60  # the longest that a training may take to save, and what comes after
 _STAGE_DONE = re.compile(r"stage=(\S+) root=(\S+) (files=\d+ done|up to date)")
 
 
@@ -66,6 +69,7 @@ def run_pipeline(run: Run) -> None:
     config = run.config.model_dump_json()
     environment = {
         **os.environ,
+        **_share_of_devices(run),
         "CBTM_PROGRESS_SECONDS": "1",
         # Threads that wait for each other spin only briefly: as quick as spinning on a machine of one's own, and
         # twice as quick where tasks share the cores (docs/experiments.md).
@@ -93,6 +97,22 @@ def run_pipeline(run: Run) -> None:
         _close_parent(run, "FAILED")
         raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
     logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)
+
+
+def _share_of_devices(run: Run) -> dict[str, str]:
+    """How many tasks run at once, and where they agree on who has which device (`cbtm.train.slots`)."""
+    train = run.config.train
+    tasks = os.environ.get("CBTM_TASKS") or str(
+        tasks_at_once(train.devices, threads=train.threads, device=train.device)
+    )
+    if not tasks.isdecimal() or int(tasks) < 1:
+        raise ConfigError(f"CBTM_TASKS={tasks!r}: expected the number of tasks that run at once, 1 or more")
+    return {
+        "CBTM_TASKS": tasks,
+        "CBTM_SLOTS": os.environ.get("CBTM_SLOTS", str(default_folder())),
+        # Or else a task that asks whether there are GPUs can no longer be given one of them.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
 
 
 def _close_parent(run: Run, status: RunStatus) -> None:
@@ -228,11 +248,28 @@ def _stop_session(*_: object) -> None:
     os._exit(Interrupted.exit_code)
 
 
+def _run_at_once(n_tasks: int) -> None:
+    """Have kfp.local run `n_tasks` tasks of a loop at once.
+
+    kfp 2.17 runs two, whatever a pipeline asks for, because threads multiply where loops lie within loops. Here none
+    do, and there is no setting.
+    """
+    from kfp.local.orchestrator import enhanced_dag_orchestrator
+
+    class Executor(enhanced_dag_orchestrator.ParallelExecutor):  # type: ignore[misc]  # kfp has no types
+        def __init__(self) -> None:
+            super().__init__()
+            self.conservative_max = self.max_workers = n_tasks
+
+    enhanced_dag_orchestrator.ParallelExecutor = Executor
+
+
 def main() -> None:
     """Execute the compiled pipeline in this process with the configuration given as the only argument."""
     from kfp import components, local
 
     _stop_with_parent()
+    _run_at_once(int(os.environ["CBTM_TASKS"]))
     config = sys.argv[1]
     root = json.loads(config)["root"]
     with tempfile.TemporaryDirectory(prefix="cbtm-kfp-") as scratch:

@@ -2,28 +2,43 @@
 
 Each checkpoint is a folder with its own manifest, published whole; a torn one has no manifest and is passed over.
 Below one URI lie the checkpoints of one training run, bound to it by the run's key: another configuration or other
-data never resumes from them.
+data never resumes from them. Tensors are written by torch.distributed.checkpoint, each rank its own part, in its
+safetensors format; read on another number of ranks, each takes the part that is its own then. Random generators are
+not in it: each step seeds them anew.
+
+A checkpoint is written to this machine's disk while the training waits, and published while it goes on.
 """
 
+import contextlib
 import json
 import logging
 import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cbtm import manifest, storage
-from cbtm.errors import ManifestError
+from cbtm.errors import CbtmError, ManifestError, StorageError
+from cbtm.manifest import Manifest
+from cbtm.train.ranks import Ranks
+from cbtm.train.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
 _STAGE = "checkpoint"
-_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_RNG, _CUDA_RNG = "rng_state", "cuda_rng_state"
+_STATE = "state.json"
+_READ = (".safetensors", ".json")  # nothing that could hold code
+_LAST_SECONDS = 60.0  # for publishing after an error: about the notice that a machine is given before it goes
+_FILE_BYTES = 2 << 30  # what is written at a time is in memory once more
 
 
 @dataclass(frozen=True)
@@ -34,71 +49,162 @@ class TrainState:
         step: Steps taken.
         curve: Points of the training curve so far.
         losses: Losses of the steps since its last point, which the next point is the mean of.
+        tokens: Tokens trained on so far.
         seconds: Time of the steps so far.
-        loss_scaling: State of the loss scaler of float16; empty for other precisions.
+        optimizer_steps: Steps that the optimiser has taken: fewer where float16 left some out.
+        loss_scale: Loss scale of float16, and the steps since it last changed.
+        best: Lowest validation loss on the own domain, its step, and the validations since.
     """
 
     step: int
     curve: list[dict[str, float]]
     losses: list[float] = field(default_factory=list)
+    tokens: int = 0
     seconds: float = 0.0
-    loss_scaling: dict[str, float] = field(default_factory=dict)
+    optimizer_steps: int = 0
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:
-    """Checkpoints below one URI, newest kept.
+    """Checkpoints below one URI, the newest kept; every rank holds one and calls the same methods.
 
     Args:
         uri: Folder or s3:// prefix of this training run's checkpoints.
         key: Identity of the training run.
-        scratch: Local folder for building and fetching.
+        scratch: Local folder for building and fetching, the same for all ranks.
         keep: How many complete checkpoints stay.
+        ranks: The ranks; None for one process.
+        describe: Writes what belongs beside the tensors (the model's configuration, its tokenizer) into a folder, so
+            that a checkpoint alone can be made a model of.
     """
 
-    def __init__(self, uri: str, *, key: str, scratch: Path, keep: int = 1) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        key: str,
+        scratch: Path,
+        keep: int = 1,
+        ranks: Ranks | None = None,
+        describe: Callable[[Path], None] | None = None,
+    ) -> None:
         self.uri, self._key, self._scratch, self._keep = uri, key, scratch, keep
+        self._alone = ranks is None or ranks.world_size == 1
+        self._ranks, self._describe = ranks, describe
+        self._uploads, self._saved = Uploads(), 0
+        self._best: Checkpoints | None = None
 
-    def save(self, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Publish a checkpoint, then drop the older ones."""
-        work = self._scratch / "saving"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in _unshared(model)}, work / _MODEL)
-        save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors(model)}, work / _OPTIMIZER)
-        (work / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        manifest.publish(self._spec(state.step), work, {"step": state.step})
-        shutil.rmtree(work, ignore_errors=True)
-        # Later steps than this one are torn or of another training run: this one has just come from before them.
-        steps = self._steps()
-        usable = [step for step in steps if step <= state.step and self._is_complete(step)]
-        for step in sorted(set(steps) - set(usable[-self._keep :])):
-            self._remove(step)
+    @property
+    def best(self) -> "Checkpoints":
+        """Checkpoints of the best validation, beside the newest ones; one is kept."""
+        if self._best is None:
+            self._best = Checkpoints(
+                storage.join(self.uri, "best"),
+                key=self._key,
+                scratch=self._scratch / "best",
+                ranks=self._ranks,
+                describe=self._describe,
+            )
+        return self._best
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Load the newest complete checkpoint of this training run, or return None where there is none.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._uploads.close(seconds=_LAST_SECONDS)
+        if self._best is not None:
+            self._best.__exit__(*error)
+
+    def save(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint to this machine and have it published, and the older ones dropped, beside the training.
 
         Raises:
-            ManifestError: If it is complete but of another model than `model`.
+            StorageError: If this machine's disk is full.
         """
-        for step in reversed(self._steps()):
+        self._saved += 1  # no two in one folder: one of the same step may still be on its way
+        work = self._scratch / f"saving-{state.step:08d}-{self._saved}"
+        if self._is_first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        with _disk_full_as_storage_error(work):
+            self._wait()
+            writer = HuggingFaceStorageWriter(str(work), fqn_to_index_mapping=_files_of(tensors), save_distributed=True)
+            with _quiet():
+                state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=self._alone)
+            if self._is_first:
+                (work / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+                if self._describe is not None:
+                    self._describe(work)
+        if self._is_first:
+            self._uploads.submit(work, lambda folder: self._publish(state.step, folder))
+
+    def settle(self) -> str | None:
+        """Wait until what was saved is published; returns why the newest checkpoint could not be, if so."""
+        problem = None
+        if self._is_first:
+            try:
+                self._uploads.drain()
+            except (CbtmError, OSError) as error:
+                problem = str(error)
+        return self._from_first(problem)
+
+    def restore(self, tensors: MutableMapping[str, Tensor]) -> TrainState | None:
+        """Fill `tensors` from the newest complete checkpoint of this training run, or return None without one.
+
+        Raises:
+            ManifestError: If it is complete but of another model than `tensors` are.
+        """
+        if self._is_first:
+            for left in self._scratch.glob("saving-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        folder = self._from_first(self._fetch_newest() if self._is_first else None)
+        if folder is None:
+            return None
+        state = load_checkpoint(Path(folder), tensors, alone=self._alone)
+        self._wait()
+        if self._is_first:
+            shutil.rmtree(self._scratch / "restoring", ignore_errors=True)
+        return state
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the finished model has been published."""
+        for each in (self.best, self):
+            for step in each.steps():
+                each._remove(step)
+            if not storage.is_s3(each.uri):
+                with contextlib.suppress(OSError):  # not there, or not empty
+                    storage.local_path(each.uri).rmdir()
+
+    def steps(self) -> list[int]:
+        """Steps of which something is there, whole or torn, in ascending order."""
+        names = {file.path.split("/")[0] for file in storage.list_files(self.uri)}
+        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
+
+    def _fetch_newest(self) -> str | None:
+        for step in reversed(self.steps()):
             spec = self._spec(step)
+            shutil.rmtree(self._scratch / "restoring", ignore_errors=True)  # for the same reason as in _publish
             try:
                 found = manifest.load_if_there(spec.manifest_uri)
                 if found is None or not manifest.is_current(spec, found):
                     continue
-                folder = manifest.fetch(spec.root, found, found.paths(), self._scratch / "restoring")
+                return str(fetch_checkpoint(spec.root, found, self._scratch / "restoring"))
             except ManifestError as error:
                 logger.warning("checkpoint=%s passed over: %s", spec.root, error)
-                continue
-            state = _load(folder, model, optimizer)
-            shutil.rmtree(self._scratch / "restoring", ignore_errors=True)
-            return state
         return None
 
-    def clear(self) -> None:
-        """Remove all checkpoints: the finished model has been published."""
-        for step in self._steps():
-            self._remove(step)
+    def _publish(self, step: int, folder: Path) -> None:
+        if self._best is not None:
+            self._best._uploads.drain()  # the state names the best checkpoint: without it, this one is of no use
+        # Of a killed try with more ranks there are more files, which a reader would take for a part of this one.
+        self._remove(step)
+        manifest.publish(self._spec(step), folder, {"step": step})
+        # Later steps than this one are torn or of another training run: this one has just come from before them.
+        steps = self.steps()
+        usable = [other for other in steps if other <= step and self._is_complete(other)]
+        for old in sorted(set(steps) - set(usable[-self._keep :])):
+            self._remove(old)
 
     def _spec(self, step: int) -> manifest.StageSpec:
         return manifest.StageSpec(_STAGE, storage.join(self.uri, f"step-{step:08d}"), self._key)
@@ -110,10 +216,6 @@ class Checkpoints:
         except ManifestError:
             return False
 
-    def _steps(self) -> list[int]:
-        names = {file.path.split("/")[0] for file in storage.list_files(self.uri)}
-        return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
-
     def _remove(self, step: int) -> None:
         root = self._spec(step).root
         # The manifest goes first: a checkpoint that is half removed must not look whole.
@@ -122,57 +224,115 @@ class Checkpoints:
         if not storage.is_s3(root):
             shutil.rmtree(storage.local_path(root), ignore_errors=True)
 
+    @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.is_first
 
-def _unshared(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, each tensor once: tied weights are one tensor under several names."""
-    seen: set[int] = set()
-    tensors = []
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            tensors.append((name, tensor))
-            seen.add(tensor.data_ptr())
-    return tensors
+    def _from_first(self, value: str | None) -> str | None:
+        found: str | None = value if self._ranks is None else self._ranks.from_first(value)
+        return found
 
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
-    return tensors
+    def _wait(self) -> None:
+        if self._ranks is not None:
+            self._ranks.wait()
 
 
-def _rng_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """States of the generators that dropout draws from."""
-    states = {_RNG: torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        states[_CUDA_RNG] = torch.cuda.get_rng_state(device)
-    return states
+def fetch_checkpoint(root: str, found: Manifest, target: Path) -> Path:
+    """Bring a complete checkpoint to this machine, checked.
 
-
-def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    weights = load_file(folder / _MODEL)
-    # Every tensor stands there once; a tied one is loaded under its first name and seen under the others.
-    wanted, found = {name for name, _ in _unshared(model)}, set(weights)
-    if wanted != found:
+    Raises:
+        ManifestError: If a file differs from what the manifest says, or is of a kind that a checkpoint does not have,
+            such as a pickle.
+    """
+    strange = [path for path in found.paths() if not path.endswith(_READ)]
+    if strange:
         raise ManifestError(
-            f"the checkpoint {folder} is of another model: {len(wanted - found)} of its tensors are missing and "
-            f"{len(found - wanted)} are unknown, such as {min(wanted ^ found)}; remove the checkpoint to start afresh"
+            f"{root} holds {strange[0]}; a checkpoint is safetensors and JSON, and nothing else is read, because a "
+            "pickle could run code: remove the file and the checkpoint"
         )
-    model.load_state_dict(weights, strict=False)
-    tensors = load_file(folder / _OPTIMIZER)
-    torch.set_rng_state(tensors.pop(_RNG))
-    cuda_rng = tensors.pop(_CUDA_RNG, None)
-    if cuda_rng is not None and (device := next(model.parameters()).device).type == "cuda":
-        torch.cuda.set_rng_state(cuda_rng, device)
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition("/")
-        by_parameter.setdefault(owner, {})[key] = tensor
-    for name, parameter in model.named_parameters():
-        if name in by_parameter:
-            # The step count too: a fused optimiser keeps it beside the parameter.
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in by_parameter[name].items()}
+    return manifest.fetch(root, found, found.paths(), target)
+
+
+def load_checkpoint(
+    folder: Path, tensors: MutableMapping[str, Tensor], *, alone: bool = True, of_all: bool = True
+) -> TrainState:
+    """Fill `tensors`, each with its part, from the checkpoint in a local folder.
+
+    Args:
+        folder: The checkpoint.
+        tensors: By name.
+        alone: Whether this process reads by itself; otherwise all ranks read together.
+        of_all: Whether the checkpoint must have no other tensors.
+
+    Raises:
+        ManifestError: If the checkpoint is of another model; nothing has been filled then.
+    """
+    there = checkpoint_shapes(folder)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not of_all:
+        there = {name: shape for name, shape in there.items() if name in wanted}
+    if there != wanted:
+        missing, unknown = wanted.keys() - there.keys(), there.keys() - wanted.keys()
+        other = {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]}
+        raise ManifestError(
+            f"the checkpoint {folder} is of another model: {len(missing)} of its tensors are missing, {len(unknown)} "
+            f"are unknown and {len(other)} have another shape, such as {min(missing | unknown | other)}; remove the "
+            "checkpoint to start afresh"
+        )
+    with _quiet():
+        state_dict_loader.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> TrainState:
+    """Progress of the checkpoint in a local folder."""
     values: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     return TrainState(**values)
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every tensor of the checkpoint in a local folder."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of the file, from 1, that each tensor goes to: by whole sizes, and so the same on every rank."""
+    files, number, size = {}, 1, 0
+    for name in sorted(tensors):
+        n_bytes = tensors[name].numel() * tensors[name].element_size()
+        if size and size + n_bytes > _FILE_BYTES:
+            number, size = number + 1, 0
+        files[name] = number
+        size += n_bytes
+    return files
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that a process which trains alone has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _disk_full_as_storage_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        # The failure of each rank, wrapped; what one sees first is the end of the text.
+        if "No space left on device" in str(error):
+            raise _disk_full(folder) from error
+        raise
+    except OSError as error:
+        if "No space left on device" in str(error):
+            raise _disk_full(folder) from error
+        raise
+
+
+def _disk_full(folder: Path) -> StorageError:
+    return StorageError(
+        f"no space left on the disk that holds {folder} for a checkpoint; free some, or point CBTM_SCRATCH elsewhere, "
+        "and run again: the training goes on from its last checkpoint"
+    )

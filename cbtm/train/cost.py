@@ -25,6 +25,13 @@ _PEAKS = {
 }
 
 
+def peak_flops(device: str, precision: str) -> float | None:
+    """FLOP/s that a device can do at most in a type, None where that is not known."""
+    if precision == "float32":
+        return None
+    return next((peak for name, peak in _PEAKS.items() if name in device), None)
+
+
 def flops_per_token(model: nn.Module, context_length: int) -> float:
     """FLOPs that training on one token takes, forward and backward.
 
@@ -45,29 +52,31 @@ def flops_per_token(model: nn.Module, context_length: int) -> float:
 
 
 def cost_of(
-    model: nn.Module, config: OptimizationConfig, *, device: str, tokens: int, seconds: float
+    flops: float, config: OptimizationConfig, *, device: str, n_devices: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
     """The cost line of one training.
 
     Args:
-        model: What was trained.
-        config: How.
+        flops: Arithmetic of one token, from `flops_per_token`.
+        config: How it was trained.
         device: Name of the device.
-        tokens: Tokens trained on.
+        n_devices: How many of them trained together.
+        tokens: Tokens that went through the model, padding and prompts included.
         seconds: Time of all steps, those before an interruption included.
 
     Returns:
-        device, seconds, tokens_per_second, flops, utilisation (of the device's peak, None where that is not known),
-        and price (None without `config.price_per_hour`).
+        device, devices, seconds, tokens, tokens_per_second, flops, utilisation (of the peak of all, None where that is
+        not known), and price (None without `config.price_per_hour`).
     """
-    flops = flops_per_token(model, config.context_length) * tokens
-    peak = next((peak for name, peak in _PEAKS.items() if name in device), None)
-    known = peak is not None and config.precision != "float32"
+    peak = peak_flops(device, config.precision)
+    hourly = config.price_per_hour
     return {
         "device": device,
+        "devices": n_devices,
         "seconds": round(seconds, 3),
+        "tokens": tokens,
         "tokens_per_second": tokens / seconds,
-        "flops": flops,
-        "utilisation": flops / seconds / peak if known and peak is not None else None,
-        "price": None if config.price_per_hour is None else config.price_per_hour * seconds / 3600,
+        "flops": flops * tokens,
+        "utilisation": None if peak is None else flops * tokens / seconds / (peak * n_devices),
+        "price": None if hourly is None else hourly * n_devices * seconds / 3600,
     }

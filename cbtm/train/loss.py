@@ -3,15 +3,30 @@
 At a vocabulary of 50,000 the logits of one block take more memory than the model; so the head runs over chunks of
 rows, and the gradient of each chunk is made while its logits are at hand. Exact: the same sums in another order.
 Models whose head is more than one matrix (a bias, a soft cap) take the plain way through their own forward.
+
+Rows without a target to learn (prompts, padding) add nothing; where the caller says how many there are, they do not
+go through the head at all. Documents that share a block are kept apart by a mask of the whole attention, which most
+models of transformers take as it is; those that do not are found by trying.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from cbtm.errors import ConfigError
+from cbtm.train.data import IGNORED
+
+logger = logging.getLogger(__name__)
+
 # Logits put in place of the head's own when it is probed: a soft cap of 30 bends these, but not a fresh model's.
 _PROBE_LOGIT = 1000.0
+# Most of what one document's outputs may change by another's beside it, over the change without any mask. Rounding
+# is 1e-6 of it in float32; a recurrent layer, which no mask reaches, is about 1.
+_LEAK = 0.05
 CHUNK_ROWS = 256  # 256 rows x 50,000 float32 logits are 51 MB, and fit a last-level cache at 4,000
 
 
@@ -19,50 +34,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden @ weight.T)[target]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        kind = hidden.device.type
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, all_learned: bool) -> Tensor:
         # Custom functions are left alone by autocast: its type is taken for the matrix products here.
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        low = _compute_dtype(weight)
         head = weight.to(low)
+        ignored = None if all_learned else targets == IGNORED  # (N,)
+        targets = targets if ignored is None else targets.masked_fill(ignored, 0)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
-        grad_weight = torch.zeros_like(weight)  # (V, D)
+        # In float32 whatever the weight's type: many chunks are added up.
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # (V, D)
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows = hidden[start : start + CHUNK_ROWS].to(low)  # (n, D)
             target = targets[start : start + CHUNK_ROWS]  # (n,)
             logits = (rows @ head.T).float()  # (n, V)
             log_z = torch.logsumexp(logits, dim=1)  # (n,)
-            total += (log_z - logits.gather(1, target[:, None])[:, 0]).sum()
+            losses = log_z - logits.gather(1, target[:, None])[:, 0]  # (n,)
+            at_target: Tensor | float = 1.0
+            if ignored is not None:
+                out = ignored[start : start + CHUNK_ROWS]
+                losses = losses.masked_fill(out, 0.0)
+                log_z = log_z.masked_fill(out, torch.inf)  # exp(logit - inf) is 0, without a pass over the logits
+                at_target = (~out).float()
+            total += losses.sum()
             probabilities = logits.sub_(log_z[:, None]).exp_()
-            probabilities[torch.arange(len(target), device=target.device), target] -= 1.0
+            probabilities[torch.arange(len(target), device=target.device), target] -= at_target
             slope = probabilities.to(low)
-            if low == weight.dtype == hidden.dtype:
+            if low == weight.dtype == hidden.dtype == torch.float32:
                 torch.mm(slope, head, out=grad_hidden[start : start + CHUNK_ROWS])
                 grad_weight.addmm_(slope.T, rows)
             else:
                 grad_hidden[start : start + CHUNK_ROWS] = slope @ head
                 grad_weight += slope.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, all_learned: bool = False) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T` against `targets`, in nats.
 
     Args:
         hidden: Last hidden states, shape (N, D).
         weight: Head, shape (V, D).
-        targets: Token ids, int64, shape (N,).
+        targets: Token ids, int64, shape (N,); rows whose target is `IGNORED` add nothing.
+        all_learned: That no target is `IGNORED`, which need not be looked for then.
 
     Returns:
         Scalar float32; divide by N for the mean. Gradients of first order only.
     """
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden, weight, targets))  # type: ignore[no-untyped-call]
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets, all_learned)  # type: ignore[no-untyped-call]
+    return cast(Tensor, loss)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Type of matrix products with that tensor: autocast's where it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 class CausalLoss:
@@ -76,34 +108,160 @@ class CausalLoss:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self.plain_head = self._head_is_one_matrix()
+        self._mixes: str | None = None  # why documents of one block are not kept apart; "" where they are
 
-    def sum_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of cross-entropies in nats; `inputs` and `targets` are int64 of shape (B, T)."""
+    def sum_loss(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        n_targets: int | None = None,
+    ) -> Tensor:
+        """Sum of cross-entropies in nats over the targets that are not `IGNORED`.
+
+        Args:
+            inputs: Token ids, int64, shape (B, T).
+            targets: Token ids or `IGNORED`, int64, shape (B, T).
+            positions: Position of each token, int64, shape (B, T); None counts from 0 in each block.
+            segments: Attention stays inside equal numbers, int64, shape (B, T); None keeps to causal attention.
+            n_targets: How many targets are learned, where the caller knows (`Batch.n_targets` does): rows that are
+                not learned are left out before the head, and the device is not waited for to count them. A number
+                that is too small leaves learned ones out, the last first. None looks at each row.
+
+        Returns:
+            Scalar float32, 0 with a gradient of zeros where nothing is learned.
+
+        Raises:
+            ConfigError: If there are segments and the model cannot keep documents apart.
+        """
+        states = self._states(inputs, positions, segments)
+        rows, flat, _ = _select(states, targets, n_targets)
         if self.plain_head:
-            hidden = self._hidden(inputs)
-            return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self._weight(), targets.reshape(-1))
-        logits = self._model(input_ids=inputs, use_cache=False).logits.float()
-        return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")
+            return linear_cross_entropy(rows, self._weight(), flat, all_learned=n_targets is not None)
+        return nn.functional.cross_entropy(rows.float(), flat, reduction="sum", ignore_index=IGNORED)
 
     @torch.no_grad()
-    def log_probs(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Float32 log-probability in nats of each target, at most 0; shapes (B, T) in and out."""
-        hidden = self._hidden(inputs) if self.plain_head else None
-        logits = None if self.plain_head else self._model(input_ids=inputs, use_cache=False).logits
-        rows = (logits if hidden is None else hidden).reshape(inputs.numel(), -1)  # type: ignore[union-attr]
-        flat = targets.reshape(-1)
+    def log_probs(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        n_targets: int | None = None,
+    ) -> Tensor:
+        """Float32 log-probability in nats of each target, at most 0, and 0 where it is `IGNORED`.
+
+        Arguments as for `sum_loss`. Under autocast the logits are computed in its type, as they are in training.
+
+        Returns:
+            Shape (B, T).
+
+        Raises:
+            ConfigError: If there are segments and the model cannot keep documents apart.
+        """
+        states = self._states(inputs, positions, segments)
+        rows, flat, learned = _select(states, targets, n_targets)
+        ignored = flat == IGNORED
+        flat = flat.masked_fill(ignored, 0)
         out = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        head = self._weight().to(_compute_dtype(self._weight())).T if self.plain_head else None
         for start in range(0, len(flat), CHUNK_ROWS):
             piece = rows[start : start + CHUNK_ROWS]
-            chunk = (piece @ self._weight().T if self.plain_head else piece).float()
+            chunk = (piece if head is None else piece.to(head.dtype) @ head).float()  # (n, V)
             target = flat[start : start + CHUNK_ROWS]
             out[start : start + CHUNK_ROWS] = chunk.gather(1, target[:, None])[:, 0] - torch.logsumexp(chunk, dim=1)
         # A backend's logsumexp may round to below its largest term; ensembles refuse what is above 0. NaN stays NaN.
-        return out.clamp_(max=0.0).reshape(targets.shape)
+        out.clamp_(max=0.0).masked_fill_(ignored, 0.0)
+        if learned is not None:
+            out = out.new_zeros(targets.numel()).index_copy_(0, learned, out)
+        return out.reshape(targets.shape)
 
-    def _hidden(self, inputs: Tensor) -> Tensor:
-        # base_model is the whole decoder without its head, in every transformers causal model.
-        return cast(Tensor, self._model.base_model(input_ids=inputs, use_cache=False).last_hidden_state)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode: nothing is dropped out."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(training)
+
+    def keeps_documents_apart(self) -> bool:
+        """Whether documents that share a block get the outputs that each gets alone, given positions and segments.
+
+        Found once, by one short input. Call it before the model is wrapped or compiled; otherwise the first loss with
+        segments does.
+        """
+        if self._mixes is None:
+            self._mixes = self._mixing()
+        return self._mixes == ""
+
+    def _states(self, inputs: Tensor, positions: Tensor | None, segments: Tensor | None) -> Tensor:
+        """What the targets are predicted from: last hidden states, or logits where the head is no plain matrix."""
+        if segments is not None:
+            self.check_apart(inputs.shape[1])
+        return self._forward(inputs, positions, segments)
+
+    def _forward(self, inputs: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        given: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+        if positions is not None:
+            given["position_ids"] = positions
+        if segments is not None:
+            given["attention_mask"] = _block_diagonal(segments, _compute_dtype(next(self._model.parameters())))
+        if self.plain_head:
+            # base_model is the whole decoder without its head, in every transformers causal model.
+            return cast(Tensor, self._model.base_model(**given).last_hidden_state)
+        return cast(Tensor, self._model(**given).logits)
+
+    def check_apart(self, length: int) -> None:
+        """Refuse a model that cannot keep documents apart in blocks of `length` tokens.
+
+        Raises:
+            ConfigError: Saying why.
+        """
+        settings: Any = getattr(self._model, "config", None)
+        name = type(self._model).__name__
+        text: Any = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+        for window in ("sliding_window", "attention_chunk_size"):
+            # A mask that is given replaces the one with the window, and the probe is too short to show it.
+            size = getattr(text, window, None)
+            if isinstance(size, int) and size < length:
+                raise ConfigError(
+                    f"{name} with {window}={size} cannot keep documents apart in blocks of {length} tokens; use "
+                    f"packing=documents or context_length={size}"
+                )
+        if not self.keeps_documents_apart():
+            raise ConfigError(
+                f"{name} does not keep the documents of a block apart ({self._mixes}); use packing=documents"
+            )
+
+    @torch.no_grad()
+    def _mixing(self) -> str:
+        """Why two documents in one block are not what they are alone, or nothing."""
+        weight = next(self._model.parameters())
+        lengths = [3, 4]  # fewer than any model has positions
+        tokens = torch.arange(1, 1 + sum(lengths), device=weight.device)[None] % self._n_embeddings()  # (1, T)
+        positions = torch.cat([torch.arange(n, device=weight.device) for n in lengths])[None]
+        segments = torch.cat([torch.full((n,), i, device=weight.device) for i, n in enumerate(lengths)])[None]
+        with self.evaluating(), torch.autocast(weight.device.type, enabled=False):
+            alone = torch.cat([self._forward(part) for part in torch.split(tokens, lengths, dim=1)], dim=1).float()
+            mixed = self._forward(tokens).float()
+            try:
+                packed = self._forward(tokens, positions, segments).float()
+            except Exception as error:  # the model's own code, which may fail in any way on a mask it does not expect
+                logger.info("%s takes no mask of the whole attention", type(self._model).__name__, exc_info=True)
+                return f"it takes no mask of the whole attention: {type(error).__name__}: {error}"
+        leak, without = (packed - alone).abs().max().item(), (mixed - alone).abs().max().item()
+        # The second term is rounding, of which there is some where a model looks at nothing but the token itself.
+        if leak <= _LEAK * without + 1e-5 * alone.abs().max().item():
+            return ""
+        return f"its outputs change by {leak:.2g} with a mask of the whole attention, and by {without:.2g} without"
+
+    def _n_embeddings(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
 
     def _weight(self) -> Tensor:
         return cast(Tensor, self._model.get_output_embeddings().weight)
@@ -113,8 +271,6 @@ class CausalLoss:
         head = self._model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None or self._model.base_model is self._model:
             return False
-        training = self._model.training
-        self._model.eval()
         probe = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -124,12 +280,12 @@ class CausalLoss:
             return seen[-1][-1]
 
         handle = head.register_forward_hook(replace)
-        try:
-            logits = self._model(input_ids=probe, use_cache=False).logits
-        finally:
-            handle.remove()
-        hidden = self._hidden(probe)
-        self._model.train(training)
+        with self.evaluating():
+            try:
+                logits = self._model(input_ids=probe, use_cache=False).logits
+            finally:
+                handle.remove()
+            hidden = self._model.base_model(input_ids=probe, use_cache=False).last_hidden_state
         if len(seen) != 1 or seen[0][0].shape != hidden.shape:
             return False
         before, output, ramp = seen[0]
@@ -138,3 +294,28 @@ class CausalLoss:
             and torch.allclose(output, hidden @ self._weight().T, rtol=1e-3, atol=1e-5)
             and torch.equal(logits, ramp)
         )
+
+
+def _select(states: Tensor, targets: Tensor, n_targets: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of the states, shape (N, D), their targets, shape (N,), and their numbers, where not all are taken.
+
+    Where the number of learned targets is given, it is those rows, in order, found without waiting for the device.
+    """
+    rows, flat = states.reshape(-1, states.shape[-1]), targets.reshape(-1)
+    if n_targets is None or n_targets == len(flat):
+        return rows, flat, None
+    learned = torch.argsort((flat == IGNORED).to(torch.uint8), stable=True)[:n_targets]
+    return rows.index_select(0, learned), flat.index_select(0, learned), learned
+
+
+def _block_diagonal(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention mask of shape (B, 1, T, T): 0 where a token may look, -inf elsewhere.
+
+    Added to the scores, which every attention of transformers does with a mask of four axes; a boolean one is taken
+    by some and added by others.
+    """
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    allowed = (segments[:, :, None] == segments[:, None, :]) & causal  # (B, T, T)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~allowed, -torch.inf)[:, None]

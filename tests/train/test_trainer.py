@@ -1,29 +1,25 @@
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_training import go_on, make_job, start_ranks, train_here, wait_for, wait_until_held, write_run
 
-import cbtm
-from cbtm.branch.seed import ScratchModelConfig, create_model, load_model
-from cbtm.errors import ConfigError, Interrupted
+from cbtm.branch.seed import ScratchModelConfig, create_model
+from cbtm.errors import ConfigError, DataError, Interrupted, ManifestError, StorageError
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.config import OptimizationConfig
-from cbtm.train.cost import flops_per_token
-from cbtm.train.data import BlockOrder
-from cbtm.train.expert import train_member
-from cbtm.train.member import Member
+from cbtm.train.data import IGNORED, BlockOrder
+from cbtm.train.loss import CausalLoss
+from cbtm.train.ranks import Ranks
 from cbtm.train.schedule import learning_rate
 from cbtm.train.trainer import DivergedError, train
+from cbtm.train.validation import Validation
 
 # Points at 5, 10 and 12, checkpoints at 4 and 8: a stop falls between points, between checkpoints, and on each.
 STEPS = 12
@@ -54,44 +50,57 @@ def tiny(dropout=0.0):
     return create_model(config, vocab_size=300, separator_id=0, context_length=8)
 
 
-def documents(folder):
+def documents(folder, *, seed=0, prompt=0):
+    """20 documents of 11 random tokens, which begin with a prompt of so many."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     with TokenShardWriter(folder, "text", vocab_size=300) as writer:
         for number in range(20):
-            writer.add(DocumentRecord(str(number), 1), rng.integers(300, size=11))
+            writer.add(DocumentRecord(str(number), 1), rng.integers(300, size=11), prompt)
     return TokenDocuments([(folder, "text")])
 
 
-def checkpoints_of(folder):
-    return Checkpoints(str(folder / "checkpoints"), key="key", scratch=folder / "scratch")
+def validation_of(folder):
+    """Other documents than those of the training, every second one of its own cluster."""
+    found = documents(folder, seed=1)
+    return Validation(found, np.arange(20) % 2, cluster=1, context_length=8, max_blocks=100)
 
 
-def run(folder, *, dropout=0.0, progress=None, report=lambda metrics, step: None, model=None, **changes):
+def order_of(folder, config, prompt=0):
+    return BlockOrder(
+        documents(folder, prompt=prompt), context_length=8, seed=config.random_state, packing=config.packing
+    )
+
+
+def run(folder, *, dropout=0.0, prompt=0, progress=None, report=lambda metrics, step: None, model=None, **changes):
     """Train a tiny model below `folder`; returns it and the result."""
     config = OptimizationConfig(**(BASE | changes))
     model = model or tiny(dropout)
-    order = BlockOrder(documents(folder / "tokens"), context_length=8, seed=config.random_state)
     result = train(
         model,
-        order,
+        order_of(folder / "tokens", config, prompt),
         config,
         sequences_per_step=config.sequences_per_step,
-        checkpoints=checkpoints_of(folder),
+        checkpoints=Checkpoints(str(folder / "checkpoints"), key="key", scratch=folder / "scratch"),
         report=report,
         progress=progress,
+        validation=validation_of(folder / "validation") if config.validate_every else None,
     )
     return model, result
 
 
-def without_speed(curve):
-    return [{name: value for name, value in point.items() if name != "train/tokens_per_second"} for point in curve]
+def without_machine(curve):
+    """A curve without what depends on the machine and its load."""
+    machine = {"train/tokens_per_second", "train/data_wait", "train/memory_gb"}
+    return [{name: value for name, value in point.items() if name not in machine} for point in curve]
 
 
 def assert_same_run(one, other):
     """Same curve to the last digit, same weights to the last bit."""
     (model, result), (other_model, other_result) = one, other
-    assert without_speed(result.curve) == without_speed(other_result.curve)
+    assert without_machine(result.curve) == without_machine(other_result.curve)
+    assert result.validation == other_result.validation
+    assert result.steps == other_result.steps
     weights, other_weights = model.state_dict(), other_model.state_dict()
     assert weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
@@ -113,6 +122,19 @@ def at_step(step, action):
             action()
 
     return progress
+
+
+def in_step(step, model, action):
+    """The model, which does something in the forward pass of one step."""
+    passes = []
+
+    def hook(module, inputs):
+        passes.extend([None] * module.training)  # that of the loss, which looks at the model first, is none
+        if len(passes) == step and module.training:
+            action()
+
+    model.model.decoder.register_forward_pre_hook(hook)
+    return model
 
 
 def cut():
@@ -146,8 +168,9 @@ def test_run_that_crashed_over_and_over_goes_on_as_if_it_had_not(tmp_path, unint
 @pytest.mark.parametrize("step", [1, 7, 8, 12])
 def test_signal_saves_the_step_and_the_same_run_goes_on(tmp_path, uninterrupted, step, number):
     before = signal.getsignal(number)
+    model = in_step(step, tiny(0.2), lambda: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted, match=f"stopped at step {step} of 12; the checkpoint is at {tmp_path}/checkpoints"):
-        run(tmp_path, dropout=0.2, progress=at_step(step, lambda: os.kill(os.getpid(), number)))
+        run(tmp_path, model=model)
     assert signal.getsignal(number) == before
     seen = []
     resumed = run(tmp_path, dropout=0.2, progress=lambda done, loss: seen.append(done))
@@ -155,64 +178,40 @@ def test_signal_saves_the_step_and_the_same_run_goes_on(tmp_path, uninterrupted,
     assert_same_run(resumed, uninterrupted[0.2])
 
 
-def child_main(folder):
-    """What the child process of the tests below runs: train, and wait at step 7 for a signal."""
-    torch.set_num_threads(1)
+def test_signal_between_two_steps_is_answered_at_the_end_of_the_next(tmp_path):
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def wait():
-        (folder / "at-step-7").touch()
-        while not (folder / "go-on").exists():
-            time.sleep(0.01)
-
-    try:
-        run(folder, dropout=0.2, progress=at_step(7, wait))
-    except Interrupted as error:
-        sys.exit(error.exit_code)
+    with pytest.raises(Interrupted, match="stopped at step 7 of 12"):
+        run(tmp_path / "between", progress=at_step(6, stop))
+    # After the last one there is nothing left to stop.
+    _, result = run(tmp_path / "end", progress=at_step(12, stop))
+    assert result.steps == 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def children(tmp_path_factory):
-    """Two processes on their way to step 7, and their folders; started first, because they take seconds to import."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(cbtm.__file__).parents[1])}
-    folders = [tmp_path_factory.mktemp("child") for _ in range(2)]
-    started = [
-        (subprocess.Popen([sys.executable, __file__, str(folder)], env=environment), folder) for folder in folders
-    ]
-    yield started
-    for process, _ in started:
-        process.kill()
-        process.wait()
-
-
-def wait_for_step_7(process, folder):
-    deadline = time.monotonic() + 120
-    while not (folder / "at-step-7").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_sigterm_ends_a_process_with_75_and_another_process_goes_on_as_if_nothing_had_been(children, uninterrupted):
-    process, folder = children[0]
-    wait_for_step_7(process, folder)
-    process.send_signal(signal.SIGTERM)
-    (folder / "go-on").touch()
-    assert process.wait(timeout=60) == 75
-    seen = []
-    resumed = run(folder, dropout=0.2, progress=lambda done, loss: seen.append(done))
-    assert seen[0] == 8
-    assert_same_run(resumed, uninterrupted[0.2])
-
-
-def test_process_that_is_killed_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(children, uninterrupted):
-    process, folder = children[1]
-    wait_for_step_7(process, folder)
-    process.kill()
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    seen = []
-    resumed = run(folder, dropout=0.2, progress=lambda done, loss: seen.append(done))
-    assert seen[0] == 5
-    assert_same_run(resumed, uninterrupted[0.2])
+@pytest.mark.parametrize(
+    ("number", "exit_code", "first"),
+    [
+        (signal.SIGTERM, 75, 9),  # it comes behind step 7 and is answered behind step 8
+        (signal.SIGKILL, -9, 5),  # back to the checkpoint of step 4
+    ],
+)
+def test_process_that_is_ended_goes_on_in_another_as_if_it_had_not(tmp_path, number, exit_code, first):
+    source = write_run(tmp_path / "source")
+    settings = {"steps": 12, "dropout": 0.2}
+    whole = train_here(make_job(source, tmp_path / "whole", **settings))
+    job = make_job(source, tmp_path / "ended", **settings)
+    processes = start_ranks(job, 1, hold_at=7)
+    wait_until_held(job, processes)
+    os.kill(processes[0].pid, number)
+    go_on(job)
+    assert wait_for(processes) == [exit_code]
+    assert not list(job.output.glob("*.safetensors"))
+    (job.output / "losses.jsonl").unlink()
+    resumed = train_here(job)
+    assert resumed.losses == {step: whole.losses[step] for step in range(first, 13)}
+    assert without_machine(resumed.curve) == without_machine(whole.curve)
+    assert all(torch.equal(tensor, whole.weights[name]) for name, tensor in resumed.weights.items())
 
 
 def test_run_whose_newest_checkpoint_is_torn_starts_afresh(tmp_path, uninterrupted):
@@ -254,7 +253,7 @@ def reference_losses(tmp_path, **changes):
     """The same training by PyTorch's own AdamW, transformers' own logits and one loop."""
     config = OptimizationConfig(**(BASE | changes))
     model = tiny().train()
-    order = BlockOrder(documents(tmp_path / "tokens"), context_length=8, seed=config.random_state)
+    order = order_of(tmp_path / "tokens", config)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -265,9 +264,10 @@ def reference_losses(tmp_path, **changes):
             group["lr"] = learning_rate(
                 step, peak=config.learning_rate, warmup_steps=config.warmup_steps, steps=config.steps, final_ratio=0.0
             )
-        blocks = torch.from_numpy(order.batch(4 * step, 4))
-        logits = model(input_ids=blocks[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 300), blocks[:, 1:].reshape(-1))
+        batch = order.batch(4 * step, 4)
+        logits = model(input_ids=torch.from_numpy(batch.inputs)).logits
+        targets = torch.from_numpy(batch.targets)
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 300), targets.reshape(-1), ignore_index=IGNORED)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm).item())
@@ -319,12 +319,18 @@ def test_points_are_means_over_the_steps_since_the_last_one(tmp_path):
     assert result.epochs == pytest.approx(48 / 27)
 
 
+@pytest.mark.parametrize(
+    ("packing", "prompt"), [("continuous", 0), ("continuous", 7), ("documents", 7), ("separate", 0)]
+)
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 7])
-def test_accumulated_step_is_the_step_of_the_whole_batch(tmp_path, micro_batch_size):
-    # An epsilon of 1 makes Adam's first step proportional to the gradient; 3 leaves a micro-batch of 1 over.
+def test_accumulated_step_is_the_step_of_the_whole_batch(tmp_path, micro_batch_size, packing, prompt):
+    # An epsilon of 1 makes Adam's first step proportional to the gradient; 3 leaves a micro-batch of 1 over. Parts
+    # with other numbers of learned tokens weigh by them.
     changes = {"steps": 2, "warmup_steps": 0, "adam_epsilon": 1.0, "learning_rate": 1.0, "gradient_clip_norm": 100.0}
+    changes |= {"packing": packing, "prompt": prompt}
     whole, expected = run(tmp_path / "whole", **changes)
     model, result = run(tmp_path / "parts", micro_batch_size=micro_batch_size, **changes)
+    assert result.tokens == expected.tokens
     assert result.curve[0]["train/loss"] == pytest.approx(expected.curve[0]["train/loss"], rel=1e-6)
     start = tiny()
     moved = max(
@@ -460,49 +466,260 @@ def test_infinite_gradient_stops_before_it_reaches_the_weights(tmp_path):
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
-# --- a member of a run ---
+# --- validation and patience ---
 
 
-def test_member_is_written_as_a_model_folder_with_its_facts_and_curve(tmp_path):
-    model = tiny()
-    folder = tmp_path / "expert"
-    folder.mkdir()
-    facts = train_member(
-        Member("expert", 3),
-        model,
-        documents(tmp_path / "tokens"),
-        OptimizationConfig(**BASE),
-        sequences_per_step=2,
-        bindings={"clusterer_digest": "c", "tokenizer_digest": "t", "seed_digest": "s"},
-        checkpoints=checkpoints_of(tmp_path),
-        report=lambda metrics, step: None,
-        progress=None,
-        folder=folder,
-    )
-    curve = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-    assert json.loads((folder / "expert.json").read_text()) == facts
-    cost = facts.pop("cost")
-    assert cost["flops"] == 12 * 2 * 8 * flops_per_token(model, 8)
-    assert cost["seconds"] > 0
-    assert facts == {
-        "format": 1,
-        "member": "cluster-00003",
-        "kind": "expert",
-        "cluster": 3,
-        "clusterer_digest": "c",
-        "tokenizer_digest": "t",
-        "seed_digest": "s",
-        "documents": 20,
-        "corpus_tokens": 220,
-        "tokens_seen": 12 * 2 * 8,
-        "epochs": round(24 / 27, 4),  # 12 steps of 2 sequences, 27 blocks
-        "steps": 12,
-        "sequences_per_step": 2,
-        "final_loss": curve[-1]["train/loss"],
+def validation_losses(curve):
+    return {
+        int(point["step"]): {name: value for name, value in point.items() if name.startswith("validation/")}
+        for point in curve
+        if "validation/own_loss" in point
     }
-    opened = load_model(folder).state_dict()
-    assert all(torch.equal(value, opened[name]) for name, value in model.state_dict().items())
 
 
-if __name__ == "__main__":
-    child_main(Path(sys.argv[1]))
+def test_validation_losses_stand_in_the_curve_at_their_steps_and_at_the_last(tmp_path):
+    weights, reported = {}, []
+    model = tiny(0.2)
+
+    def keep(step, loss):
+        weights[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def report(metrics, step):
+        reported.extend((step, name) for name in metrics if name.startswith("validation/"))
+
+    _, result = run(tmp_path, model=model, validate_every=5, log_every=4, progress=keep, report=report)
+    found = validation_losses(result.curve)
+    assert sorted(found) == [5, 10, 12]
+    assert [point["step"] for point in result.curve] == [4, 5, 8, 10, 12]
+    assert reported == [(step, f"validation/{name}_loss") for step in (5, 10, 12) for name in ("own", "all")]
+    for step, losses in found.items():
+        same = tiny()
+        same.load_state_dict(weights[step])
+        sums = validation_of(tmp_path / "again").measure(CausalLoss(same), "cpu", 100)
+        expected = {f"validation/{name}_loss": nats / count for name, (nats, count) in sums.items()}
+        assert losses == pytest.approx(expected, rel=1e-6)
+        assert losses["validation/own_loss"] != losses["validation/all_loss"]
+    assert result.validation == found[12]
+
+
+def test_validation_changes_no_step(tmp_path, uninterrupted):
+    losses = {}
+    for validate_every in (None, 1):
+        steps = losses[validate_every] = []
+        run(
+            tmp_path / str(validate_every),
+            dropout=0.2,
+            validate_every=validate_every,
+            progress=lambda step, loss, steps=steps: steps.append(loss),
+        )
+    assert losses[None] == losses[1]
+
+
+# Random text cannot be learned: what is learned of the training's makes other text's loss rise.
+OVERFITTING = {
+    "steps": 40,
+    "learning_rate": 5e-3,
+    "warmup_steps": 10,
+    "validate_every": 3,
+    "patience": 2,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory):
+    """A run whose patience ends, the weights after each of its steps, and what it left behind."""
+    folder, weights, model = tmp_path_factory.mktemp("overfitted"), {}, tiny(0.2)
+
+    def keep(step, loss):
+        weights[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    return *run(folder, model=model, progress=keep, **OVERFITTING), weights
+
+
+def test_training_ends_when_patience_does_with_the_weights_of_the_best_validation(overfitted):
+    model, result, weights = overfitted
+    found = validation_losses(result.curve)
+    best = min(found, key=lambda step: found[step]["validation/own_loss"])
+    assert 3 < best < 30  # a better one has taken the place of an earlier
+    # Two validations behind the best one, at every third step.
+    assert max(weights) == max(found) == result.curve[-1]["step"] == best + 6
+    assert "train/loss" in result.curve[-1]
+    assert result.steps == best
+    assert result.validation == found[best]
+    assert result.tokens == (best + 6) * 32  # what was paid for
+    assert all(torch.equal(tensor, weights[best][name]) for name, tensor in result.weights.items())
+    assert all(torch.equal(tensor, weights[best][name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(model.lm_head.weight, weights[best + 6]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("behind_best", [-1, 0, 1, 2, 3, 5, 6])
+def test_run_that_crashed_near_the_best_validation_ends_as_if_it_had_not(tmp_path, overfitted, behind_best):
+    model, result, _ = overfitted
+    with pytest.raises(PowerCut):
+        run(tmp_path, dropout=0.2, progress=at_step(result.steps + behind_best, cut), **OVERFITTING)
+    seen = []
+    resumed = run(tmp_path, dropout=0.2, progress=lambda step, loss: seen.append(step), **OVERFITTING)
+    # Progress is called before a checkpoint is due, and there is one behind every second step.
+    assert seen[0] == (result.steps + behind_best - 1) // 2 * 2 + 1
+    assert_same_run(resumed, (model, result))
+
+
+def test_run_that_is_stopped_at_its_last_validation_has_nothing_left_to_train(tmp_path, overfitted):
+    model, result, weights = overfitted
+    stopping = in_step(max(weights), tiny(0.2), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=f"stopped at step {max(weights)} of 40"):
+        run(tmp_path, model=stopping, **OVERFITTING)
+    resumed = run(tmp_path, dropout=0.2, progress=at_step(max(weights) + 1, cut), **OVERFITTING)
+    assert_same_run(resumed, (model, result))
+
+
+def test_best_model_that_is_lost_is_not_replaced_by_another(tmp_path, overfitted):
+    best = overfitted[1].steps
+    with pytest.raises(PowerCut):
+        run(tmp_path, dropout=0.2, progress=at_step(best + 5, cut), **OVERFITTING)
+    (tmp_path / f"checkpoints/best/step-{best:08d}/manifest.json").unlink()
+    with pytest.raises(ManifestError, match=r"checkpoints/best has lost the best model; remove .*/checkpoints$"):
+        run(tmp_path, dropout=0.2, **OVERFITTING)
+
+
+def test_checkpoint_is_not_published_before_the_best_one_that_it_speaks_of(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/best").write_text("no folder can be made here")
+    with pytest.raises(StorageError, match=r"the model of the best validation was not published: .*Not a directory"):
+        run(tmp_path, dropout=0.2, **OVERFITTING)
+    # Those of before the first validation at step 3 speak of none.
+    assert [path.parent.name for path in tmp_path.glob("checkpoints/*/manifest.json")] == ["step-00000002"]
+
+
+def test_validation_that_has_nothing_to_measure_is_an_error(tmp_path):
+    config = OptimizationConfig(**BASE, validate_every=3)
+    prompts = documents(tmp_path / "prompts", prompt=10)
+    with pytest.raises(DataError, match="the validation documents are prompts alone; use others, or leave validate_"):
+        train(
+            tiny(),
+            order_of(tmp_path / "tokens", config),
+            config,
+            sequences_per_step=4,
+            checkpoints=Checkpoints(str(tmp_path / "checkpoints"), key="key", scratch=tmp_path / "scratch"),
+            report=lambda metrics, step: None,
+            validation=Validation(prompts, np.arange(20) % 2, cluster=1, context_length=8, max_blocks=100),
+        )
+
+
+def test_without_patience_all_steps_are_taken(tmp_path):
+    _, result = run(tmp_path, **(OVERFITTING | {"patience": None, "steps": 24}))
+    assert result.steps == 24
+    found = validation_losses(result.curve)
+    assert result.validation == found[24]
+    assert found[24]["validation/own_loss"] > min(losses["validation/own_loss"] for losses in found.values())
+
+
+# --- what the points tell ---
+
+
+def test_points_tell_perplexity_memory_and_waiting(tmp_path):
+    _, result = run(tmp_path)
+    for point in result.curve:
+        assert point["train/perplexity"] == pytest.approx(math.exp(point["train/loss"]))
+        assert 0 <= point["train/data_wait"] < 1
+        assert 0.05 < point["train/memory_gb"] < 100  # torch alone takes so much
+        assert "train/utilisation" not in point  # a processor's peak is not known
+    assert 0 <= result.waited["data"] < 1
+    assert 0 < result.waited["checkpoints"] < 1
+
+
+def test_tokens_are_those_that_are_learned(tmp_path):
+    # Documents of 11 are pieces of 8 and 3, of which two share a block of 8: padding and prompts do not count.
+    config = OptimizationConfig(**BASE, packing="documents")
+    _, result = run(tmp_path, packing="documents", prompt=4)
+    order = order_of(tmp_path / "again", config, prompt=4)
+    learned = [order.batch(4 * step, 4).n_targets for step in range(12)]
+    assert [point["train/tokens"] for point in result.curve] == [sum(learned[:5]), sum(learned[:10]), sum(learned)]
+    assert result.tokens == sum(learned) < 12 * 32
+    assert result.computed_tokens == 12 * 32
+
+
+def test_loss_of_a_point_weighs_tokens_alike_within_a_step(tmp_path):
+    # One step: the mean over its learned tokens, by transformers' own logits.
+    config = OptimizationConfig(**(BASE | {"steps": 1, "warmup_steps": 0, "packing": "documents"}))
+    batch = order_of(tmp_path / "again", config, prompt=4).batch(0, 4)
+    logits = tiny()(input_ids=torch.from_numpy(batch.inputs)).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, 300), torch.from_numpy(batch.targets).reshape(-1), ignore_index=IGNORED
+    )
+    _, result = run(tmp_path, steps=1, warmup_steps=0, packing="documents", prompt=4, micro_batch_size=1)
+    assert result.curve[0]["train/loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --- publishing beside the training ---
+
+
+def test_steps_do_not_wait_for_checkpoints_but_the_end_does(tmp_path):
+    # Whoever publishes reads all files first. This one is a pipe, which gives nothing until its other end is closed;
+    # then a plain file has taken its name.
+    ends, steps = [], []
+
+    def describe(folder):
+        pipe = folder / "slow.json"
+        os.mkfifo(pipe)
+        ends.append((pipe, os.open(pipe, os.O_RDWR)))
+
+    def release():
+        while ends:
+            pipe, end = ends.pop(0)
+            (tmp_path / "plain").touch()
+            (tmp_path / "plain").replace(pipe)
+            os.close(end)
+
+    def progress(step, loss):
+        steps.append((step, sorted((tmp_path / "checkpoints").glob("*/manifest.json"))))
+        if step == 12:
+            threading.Timer(0.3, release).start()
+
+    config = OptimizationConfig(**BASE)
+    train(
+        tiny(),
+        order_of(tmp_path / "tokens", config),
+        config,
+        sequences_per_step=4,
+        checkpoints=Checkpoints(
+            str(tmp_path / "checkpoints"), key="key", scratch=tmp_path / "scratch", keep=9, describe=describe
+        ),
+        report=lambda metrics, step: None,
+        progress=progress,
+    )
+    assert steps == [(step, []) for step in range(1, 13)]
+    assert not ends
+    published = sorted(path.parent.name for path in (tmp_path / "checkpoints").glob("*/manifest.json"))
+    assert published == ["step-00000004", "step-00000008"]
+
+
+# --- what cannot be shared ---
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "changes", "message"),
+    [
+        (3, {}, "4 sequences per step do not divide among 3 devices; use a multiple, or devices=1"),
+        (6, {}, "4 sequences per step do not divide among 6 devices; use a multiple, or devices=2"),
+        # 220 tokens give 219 // 8 = 27 blocks.
+        (
+            28,
+            {"sequences_per_step": 28},
+            "the text gives 27 blocks of context_length=8, fewer than devices=28; use devices=1, a shorter context",
+        ),
+    ],
+)
+def test_work_that_cannot_be_shared_is_refused(tmp_path, n_ranks, changes, message):
+    config = OptimizationConfig(**(BASE | changes))
+    with pytest.raises(ConfigError, match=message):
+        train(
+            tiny(),
+            order_of(tmp_path / "tokens", config),
+            config,
+            sequences_per_step=config.sequences_per_step,
+            checkpoints=Checkpoints(str(tmp_path / "checkpoints"), key="key", scratch=tmp_path / "scratch"),
+            report=lambda metrics, step: None,
+            ranks=Ranks(0, n_ranks, torch.device("cpu")),
+        )
