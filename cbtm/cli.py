@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cbtm import __version__
+from cbtm import __version__, storage
 from cbtm.errors import CbtmError, ConfigError
-from cbtm.process import log_to_stderr
+from cbtm.process import log_to_stderr, s3_patience
 
 if TYPE_CHECKING:
     from cbtm.run import Run
@@ -54,7 +54,8 @@ def run(config: ConfigArgument, override: SetOption = None) -> None:
     """Run the whole compiled pipeline on this machine; go on where an earlier run stopped."""
     from cbtm import local
     from cbtm.merge.report import format_table, headline_rows
-    from cbtm.run import REPORT_FILE, Run, load_config
+    from cbtm.run import REPORT_FILE, Run
+    from cbtm.run_config import load_config
 
     this = Run(load_config(config, override))
     local.run_pipeline(this)
@@ -72,7 +73,8 @@ def demo(
     from cbtm import local
     from cbtm.corpora.folder import demo_corpus
     from cbtm.merge.report import format_table, headline_rows
-    from cbtm.run import REPORT_FILE, Run, demo_config
+    from cbtm.run import REPORT_FILE, Run
+    from cbtm.run_config import demo_config
 
     found = demo_corpus(corpus, root.parent / "corpora", progress=_say)
     this = Run(demo_config(str(root), str(found.root), found.train_split, found.validation_split, override or []))
@@ -91,7 +93,8 @@ def ui(
     port: Annotated[int, typer.Option(help="Port of the server.")] = 5000,
 ) -> None:
     """Serve the tracking database and open the comparison of a run's models."""
-    from cbtm.run import Run, load_config, recorded_config
+    from cbtm.run import Run
+    from cbtm.run_config import load_config, recorded_config
     from cbtm.tracking.ui import serve
 
     this = Run(load_config(config, override) if config else recorded_config(str(root)))
@@ -141,9 +144,8 @@ def suggest_k(
     """Fit several numbers of clusters; show inertia, balance and stability side by side."""
     import json
 
-    from cbtm import storage
     from cbtm.cluster.selection import candidates_json, format_candidates, suggest
-    from cbtm.run import load_config
+    from cbtm.run_config import load_config
     from cbtm.stages.explore import suggest_k
 
     candidates = suggest_k(load_config(config, override), _numbers(k), repeats=repeats)
@@ -164,7 +166,6 @@ def drift(
     import json
     import tempfile
 
-    from cbtm import storage
     from cbtm.cluster.drift import format_drift
     from cbtm.stages.explore import drift
 
@@ -211,7 +212,7 @@ def assign(
     """Assign documents to clusters and tokenise them."""
     from cbtm import stages
 
-    this = _run(config, override)
+    this = _planned_run(config, override)
     for name in group or [planned.name for planned in this.plan_made.groups]:
         stages.assign(this, name)
 
@@ -229,9 +230,22 @@ def train(
     from cbtm import stages
     from cbtm.train.member import Member
 
-    this = _run(config, override)
-    for name in member or ["seed", *(each.name for each in this.config.members)]:
-        stages.train(this, Member.parse(name))
+    asked = [Member.parse(name) for name in member or []]
+    this = _planned_run(config, override)
+    for each in asked or [Member("seed"), *this.config.members]:
+        stages.train(this, each)
+
+
+@app.command()
+def consolidate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, or the folder of a training's; local or s3://.")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+) -> None:
+    """Make a model of a checkpoint, from whatever number of devices has written it."""
+    from cbtm.train.consolidate import consolidate
+
+    facts = consolidate(checkpoint, folder)
+    typer.echo(f"{folder} member={facts['member']} steps={facts['steps']} from {facts['checkpoint']}")
 
 
 @app.command()
@@ -244,9 +258,10 @@ def score(
     from cbtm import stages
     from cbtm.train.member import Member
 
-    this = _run(config, override)
-    for name in member or ["seed", *(each.name for each in this.config.members)]:
-        stages.score(this, Member.parse(name))
+    asked = [Member.parse(name) for name in member or []]
+    this = _planned_run(config, override)
+    for each in asked or [Member("seed"), *this.config.members]:
+        stages.score(this, each)
 
 
 @app.command()
@@ -255,7 +270,7 @@ def evaluate(config: ConfigArgument, override: SetOption = None) -> None:
     from cbtm import stages
     from cbtm.merge.report import format_table, headline_rows
 
-    this = _run(config, override)
+    this = _planned_run(config, override)
     stages.evaluate(this)
     typer.echo(format_table(headline_rows(this.result())))
 
@@ -265,7 +280,7 @@ def show_config(config: ConfigArgument, override: SetOption = None) -> None:
     """Print the checked configuration with every default."""
     import yaml
 
-    from cbtm.run import load_config
+    from cbtm.run_config import load_config
 
     typer.echo(yaml.safe_dump(load_config(config, override).model_dump(mode="json"), sort_keys=False))
 
@@ -330,8 +345,17 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError(f"--k {text} is no list of numbers; write it as 2,4,8") from None
 
 
+def _planned_run(config: Path, override: list[str] | None) -> "Run":
+    """A run whose plan can be read; from then on a store that is away is waited for, as in a pod."""
+    this = _run(config, override)
+    _ = this.plan_made
+    storage.be_patient(s3_patience())
+    return this
+
+
 def _run(config: Path, override: list[str] | None) -> "Run":
-    from cbtm.run import Run, load_config
+    from cbtm.run import Run
+    from cbtm.run_config import load_config
 
     return Run(load_config(config, override))
 

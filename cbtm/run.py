@@ -4,143 +4,35 @@ This is the one place that knows where a run's files lie and what depends on wha
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, cached_property
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator
+from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from cbtm import manifest as manifests
 from cbtm import storage
-from cbtm.branch.tokenizer import TokenizerConfig
-from cbtm.cluster.assigner import LEARNED, RANDOM, AssignConfig, token_shard
+from cbtm.branch.source import folder_digest, is_hub_name, pinned, source_digest
+from cbtm.cluster.assigner import LEARNED, RANDOM, token_shard
 from cbtm.cluster.clusterer import DECIDING_FILES
-from cbtm.cluster.config import ClusterConfig
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.cluster.labels import labels_digest
-from cbtm.config import Config, apply_overrides, digest_of, parse_text, read_file
-from cbtm.corpus import CorpusConfig, Document, ReadCounts, read_files
-from cbtm.errors import ConfigError, ManifestError
+from cbtm.config import digest_of
+from cbtm.corpus import Document, ReadCounts, read_files
+from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec
-from cbtm.merge.evaluator import EvaluateConfig
-from cbtm.merge.scorer import ScoreConfig
 from cbtm.plan import Part, Plan, make_plan
+from cbtm.run_config import RunConfig, parse_config
 from cbtm.tokens import TokenDocuments
-from cbtm.tracking import TrackingConfig
-from cbtm.train.config import SeedConfig, TrainConfig
+from cbtm.train.config import OptimizationConfig
+from cbtm.train.job import Shards
 from cbtm.train.member import Member
 
-RESULT_FILE, REPORT_FILE, CONFIG_FILE = "result.json", "report.html", "config.json"
-
-
-class RunConfig(Config):
-    """Everything about a run.
-
-    Attributes:
-        name: Name of the run in the tracker.
-        root: Folder or s3:// prefix that receives everything the run makes.
-        corpus: The text.
-        tokenizer: The tokenizer.
-        cluster: How domains are found.
-        assign: How documents are assigned to them.
-        seed_model: The model that all others start from.
-        train: How experts and baselines are trained.
-        score: How validation tokens are scored.
-        evaluate: Which ensembles are compared.
-        tracking: The MLflow tracking server.
-    """
-
-    name: str = Field(default="cbtm", min_length=1)
-    root: str
-    corpus: CorpusConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    assign: AssignConfig = AssignConfig()
-    seed_model: SeedConfig
-    train: TrainConfig = TrainConfig()
-    score: ScoreConfig = ScoreConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-    @field_validator("root")
-    @classmethod
-    def _root_is_named(cls, root: str) -> str:
-        if not root.strip() or root == "/":
-            raise ValueError(f"root={root!r} names no folder of its own")
-        return root.rstrip("/")
-
-    def check(self) -> None:
-        """Check what spans several sections.
-
-        Raises:
-            ConfigError: If the batch does not divide among the clusters, a top-k is larger than their number, or
-                the random-cluster experts have no random clusters.
-        """
-        self.train.share(self.cluster.n_clusters)
-        training = self.seed_model.training
-        if training is not None and training.context_length != self.train.context_length:
-            raise ConfigError(
-                f"seed_model.training.context_length={training.context_length} differs from "
-                f"train.context_length={self.train.context_length}: the experts continue the seed's training"
-            )
-        stride = self.score.stride
-        if stride is not None and stride > self.train.context_length:
-            raise ConfigError(
-                f"score.stride={stride} is larger than train.context_length={self.train.context_length}: tokens "
-                "between two windows would not be scored"
-            )
-        self.evaluate.top_k_values(self.cluster.n_clusters)
-        if self.train.random_clusters and not self.assign.random_clusters:
-            raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
-
-    @property
-    def members(self) -> list[Member]:
-        """Members that are trained from the seed, the longest job first."""
-        clusters = range(self.cluster.n_clusters)
-        members = [Member("dense")] if self.train.dense else []
-        members += [Member("expert", cluster) for cluster in clusters]
-        if self.train.random_clusters:
-            members += [Member("random", cluster) for cluster in clusters]
-        return members
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read, override and check a run's configuration file."""
-    return _checked(apply_overrides(read_file(path), overrides or []), str(path))
-
-
-def parse_config(text: str) -> RunConfig:
-    """Check a run's configuration given as YAML or JSON text, as the pipeline passes it."""
-    return _checked(parse_text(text, source="config"), "config")
-
-
-def demo_config(root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str]) -> RunConfig:
-    """Configuration of the demo, which comes with the package, on one corpus."""
-    text = resources.files("cbtm").joinpath("configs/demo.yaml").read_text(encoding="utf-8")
-    values = parse_text(text, source="demo.yaml")
-    values |= {
-        "root": root,
-        "corpus": {"root": corpus, "train_split": train_split, "validation_split": validation_split},
-    }
-    return _checked(apply_overrides(values, overrides), "demo.yaml")
-
-
-def recorded_config(root: str) -> RunConfig:
-    """Configuration under which the run below `root` was last planned.
-
-    Raises:
-        StorageError: If there is no run.
-    """
-    return parse_config(storage.read_bytes(storage.join(root, CONFIG_FILE)).decode())
-
-
-def _checked(values: Mapping[str, Any], source: str) -> RunConfig:
-    config = RunConfig.parse(values, source=source)
-    config.check()
-    return config
+RESULT_FILE, REPORT_FILE = "result.json", "report.html"
+SOURCES_FILE = "sources.json"
 
 
 class Run:
@@ -206,6 +98,24 @@ class Run:
         except ValidationError:
             raise ManifestError(f"{uri} is damaged or of another version; remove it, it is made again") from None
 
+    def pin_sources(self) -> None:
+        """Write down which commits the hub names of this run stand for, so that all of its stages take the same."""
+        paths = (self.config.seed_model.path, self.config.tokenizer.path)
+        found = {path: pinned(path) for path in paths if path is not None and is_hub_name(path)}
+        if found:
+            storage.write_bytes(self.uri(SOURCES_FILE), json.dumps(found, indent=1).encode())
+        self.__dict__["_pinned"] = found
+
+    @cached_property
+    def _pinned(self) -> dict[str, str]:
+        uri = self.uri(SOURCES_FILE)
+        found: dict[str, str] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+        return found
+
+    def given(self, path: str) -> str:
+        """Path of a given model or tokenizer; a hub name with the commit that it stood for when the run was planned."""
+        return self._pinned.get(path, path) if is_hub_name(path) else path
+
     # --- identity of every output ---
 
     def tokenizer_spec(self) -> StageSpec:
@@ -213,7 +123,7 @@ class Run:
         config, seed = self.config.tokenizer, self.config.seed_model
         given = config.path or seed.path
         # A given tokenizer is known by its files, a trained one by its text.
-        source = _folder_digest(given) if given else self.plan_made.digest("train")
+        source = source_digest(self.given(given)) if given else self.plan_made.digest("train")
         return StageSpec("tokenizer", self.uri("tokenizer"), config.digest(), {"source": source})
 
     def cluster_spec(self) -> StageSpec:
@@ -221,7 +131,7 @@ class Run:
         config = self.config.cluster
         inputs = {"corpus": self.plan_made.digest("train")}
         if config.path is not None:
-            inputs["given"] = _folder_digest(config.path, "a clusterer folder")
+            inputs["given"] = folder_digest(config.path, "a clusterer folder")
         if (fixed := self.fixed_assignments) is not None:
             inputs["assignments"] = fixed.digest(self.paths("train"))
         if config.labels is not None:
@@ -252,21 +162,25 @@ class Run:
 
     def train_spec(self, member: Member) -> StageSpec:
         """Identity of one member."""
-        seed, settings = self.config.seed_model, self.config.train.optimization()
+        seed = self.config.seed_model
         if member.kind == "seed":
             if seed.path is not None:
-                return StageSpec("seed", self.uri("seed"), seed.digest(), {"source": _folder_digest(seed.path)})
+                inputs = {"source": source_digest(self.given(seed.path))}
+                return StageSpec("seed", self.uri("seed"), seed.digest(), inputs)
             inputs = self._assigned("train")
             return StageSpec("seed", self.uri("seed"), self._scratch_digest(), inputs)
-        digest = digest_of([member.name, settings.result_digest(), self.share(member)])
+        settings = self.optimization(member)
+        digest = digest_of([member.name, settings.result_digest(), self.share(member), self.cluster_tokens(member)])
         inputs = {**self._assigned("train"), "seed": self.load(self.train_spec(Member("seed"))).digest}
+        if settings.patience is not None:
+            inputs |= self._assigned("validation")
         return StageSpec("train", self.member_root(member), digest, inputs)
 
     def _scratch_digest(self) -> str:
         seed = self.config.seed_model
         assert seed.scratch is not None  # a seed model has either a path, or a shape with its training
         assert seed.training is not None
-        return digest_of([seed.scratch.digest(), seed.training.result_digest()])
+        return digest_of([seed.scratch.result_digest(), seed.training.result_digest()])
 
     def score_spec(self, member: Member) -> StageSpec:
         """Identity of one member's scores."""
@@ -288,9 +202,39 @@ class Run:
 
     def share(self, member: Member) -> int:
         """Sequences of one member in one step."""
+        if member.kind == "seed" and self.config.seed_model.training is not None:
+            return self.config.seed_model.training.sequences_per_step
         if member.cluster is None:
             return self.config.train.sequences_per_step
         return self.config.train.share(self.config.cluster.n_clusters)
+
+    def optimization(self, member: Member) -> OptimizationConfig:
+        """Settings of one member's training, with its own number of steps.
+
+        Raises:
+            ConfigError: If a cluster's part of the tokens is worth less than one step.
+        """
+        config, training = self.config.train, self.config.seed_model.training
+        if member.kind == "seed" and training is not None:
+            return training
+        if config.steps_by == "equal" or member.cluster is None:
+            return config.optimization()
+        counts = self.token_counts("train", LEARNED if member.kind == "expert" else RANDOM)
+        return config.in_proportion(counts, member.cluster)
+
+    def cluster_tokens(self, member: Member) -> int | None:
+        """Tokens that a member's vocabulary grows by; None where it is trained without cluster tokens."""
+        if member.cluster is None or not self.config.train.cluster_token:
+            return None
+        return self.config.cluster.n_clusters
+
+    def token_counts(self, part: Part, partition: str) -> list[int]:
+        """Tokens of each cluster, separators included."""
+        counts = [0] * self.config.cluster.n_clusters
+        for group in self.plan_made.part(part):
+            for cluster, found in enumerate(self.load(self.assign_spec(group.name)).metadata["clusters"][partition]):
+                counts[cluster] += found["tokens"]
+        return counts
 
     # --- reading what stages made ---
 
@@ -317,19 +261,24 @@ class Run:
         found = self.load(spec)
         return manifests.fetch(spec.root, found, found.paths(), scratch / spec.stage)
 
-    def train_documents(self, member: Member, scratch: Path) -> TokenDocuments:
-        """Token stream that a member is trained on: its own cluster, or all of them."""
+    def train_shards(self, member: Member, scratch: Path) -> Shards:
+        """Token shards that a member is trained on, on this machine: its own cluster's, or all."""
         clusters = range(self.config.cluster.n_clusters) if member.cluster is None else [member.cluster]
         partition = RANDOM if member.kind == "random" else LEARNED
-        return self._token_documents("train", partition, clusters, scratch)[0]
+        return self._token_shards("train", partition, clusters, scratch)[0]
 
-    def validation_documents(self, scratch: Path) -> tuple[TokenDocuments, np.ndarray[Any, np.dtype[np.int64]]]:
+    def validation_shards(self, scratch: Path) -> tuple[Shards, NDArray[np.int64]]:
+        """Token shards of the validation documents, and the nearest cluster of each document, (n_documents,)."""
+        return self._token_shards("validation", LEARNED, range(self.config.cluster.n_clusters), scratch)
+
+    def validation_documents(self, scratch: Path) -> tuple[TokenDocuments, NDArray[np.int64]]:
         """Validation documents, and the nearest cluster of each, shape (n_documents,)."""
-        return self._token_documents("validation", LEARNED, range(self.config.cluster.n_clusters), scratch)
+        shards, clusters = self.validation_shards(scratch)
+        return TokenDocuments(shards), clusters
 
-    def _token_documents(
+    def _token_shards(
         self, part: Part, partition: str, clusters: Sequence[int], scratch: Path
-    ) -> tuple[TokenDocuments, np.ndarray[Any, np.dtype[np.int64]]]:
+    ) -> tuple[Shards, NDArray[np.int64]]:
         shards, numbers = [], []
         for cluster in clusters:
             for group in self.plan_made.part(part):
@@ -341,7 +290,7 @@ class Run:
                 shards.append((local / folder, stem))
                 counts = found.metadata["clusters"][partition][cluster]
                 numbers.append(np.full(counts["documents"], cluster, dtype=np.int64))
-        return TokenDocuments(shards), np.concatenate(numbers)
+        return tuple(shards), np.concatenate(numbers)
 
     @property
     def fixed_assignments(self) -> FixedAssignments | None:
@@ -367,15 +316,3 @@ class Run:
         """The content of result.json."""
         values: dict[str, Any] = json.loads(storage.read_bytes(self.uri(RESULT_FILE)))
         return values
-
-
-@cache
-def _folder_digest(uri: str, expected: str = "a Hugging Face folder") -> str:
-    """Identity of a given folder's content: sha256 of local files, ETags in S3."""
-    files = storage.list_files(uri)
-    if not files:
-        raise ConfigError(f"{uri} is empty or not there; expected {expected}")
-    local = not storage.is_s3(uri)
-    return digest_of(
-        [[file.path, storage.sha256(storage.join(uri, file.path)) if local else file.version] for file in files]
-    )

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
     {
-        *("errors", "config", "storage", "manifest", "corpus", "parquet"),
+        *("errors", "config", "storage", "s3", "outage", "manifest", "corpus", "parquet"),
         *("plan", "tokens", "progress", "process", "tracking"),
     },
     {"cluster"},
     {"branch"},
     {"train"},
     {"merge"},
-    {"run"},
+    {"run", "run_config"},
     {"stages"},
     {"local", "cli"},
 ]
@@ -117,7 +117,7 @@ def violations(found: list[Import]) -> list[str]:
 
 
 def test_the_walk_sees_imports_in_functions_and_tells_when_they_run():
-    found = {one.target: one.at_import for one in imports(Path("cbtm/storage.py"))}
+    found = {one.target: one.at_import for one in imports(Path("cbtm/s3.py"))}
     assert found["boto3"] is False
     assert found["mypy_boto3_s3"] is False  # for type checkers
     assert found["cbtm.errors"] is True
@@ -170,8 +170,11 @@ def test_cbtm_imports_neither_components_nor_pipelines():
     [
         ("kfp", {"cbtm/local.py"}),
         ("mlflow", {"cbtm/tracking"}),
-        ("boto3", {"cbtm/storage.py"}),
-        ("botocore", {"cbtm/storage.py"}),
+        ("boto3", {"cbtm/s3.py"}),
+        ("botocore", {"cbtm/s3.py"}),
+        ("s3transfer", set()),
+        ("huggingface_hub", {"cbtm/branch/source.py", "cbtm/branch/seed.py"}),
+        ("fairscale", {"cbtm/train/fairscale_sharding.py"}),
         ("moto", set()),
         ("pytest", set()),
     ],
@@ -180,6 +183,14 @@ def test_an_outside_service_is_spoken_to_in_one_place(package: str, where: set[s
     found = [one for path in CBTM for one in imports(path) if top(one.target) == package]
     assert violations([one for one in found if not any(one.path.is_relative_to(place) for place in where)]) == []
     assert bool(found) == bool(where)
+
+
+@pytest.mark.parametrize(
+    ("module", "where"), [("cbtm.s3", {"cbtm/storage.py"}), ("cbtm.outage", {"cbtm/storage.py", "cbtm/s3.py"})]
+)
+def test_what_lies_below_storage_is_used_by_storage_alone(module: str, where: set[str]):
+    files = sources("cbtm", "components", "pipelines")
+    assert {str(one.path) for path in files for one in imports(path) if one.target == module} == where
 
 
 # --- components and pipelines ---

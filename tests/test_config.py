@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cbtm.config import Config, apply_overrides, digest_of, parse_text, read_file
 from cbtm.errors import ConfigError
-from cbtm.run import RunConfig
+from cbtm.run_config import RunConfig
 
 
 class Inner(Config):

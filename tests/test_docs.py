@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from cbtm.cli import app
-from cbtm.run import parse_config
+from cbtm.run_config import parse_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted(

@@ -3,6 +3,10 @@
 The weights of the experts at a token come from the text before it (Gururangan et al. 2023, equations 2 and 3), so
 one pass over the text gives the distances, and temperature, exponent and top-k are arithmetic. Temperature and
 exponent are chosen on one half of the validation documents; everything is reported on the other half.
+
+Where experts of some clusters only were trained, the ensemble mixes those: weights are over the distances to their
+centres, and documents of the other clusters are evaluated all the same. Where documents have prompts, the tokens of
+a prompt are context: they route and they condition, but they do not count.
 """
 
 import logging
@@ -58,20 +62,29 @@ class EvaluateConfig(Config):
             raise ValueError(f"expected one or more numbers above 0, got {list(values)}")
         return values
 
-    def top_k_values(self, n_clusters: int) -> list[int]:
-        """The top-k settings for so many clusters, largest first.
+    def top_k_values(self, n_experts: int, *, n_clusters: int | None = None) -> list[int]:
+        """The top-k settings for so many experts, largest first.
+
+        Args:
+            n_experts: Experts that were trained.
+            n_clusters: Clusters that there are, where these may be more.
 
         Raises:
-            ConfigError: If one is not in [1, n_clusters].
+            ConfigError: If one is not in [1, n_experts].
         """
         if self.top_k is None:
-            values = [n_clusters]
+            values = [n_experts]
             while values[-1] > 1:
                 values.append(values[-1] // 2)
             return values
-        wrong = [value for value in self.top_k if not 1 <= value <= n_clusters]
+        wrong = [value for value in self.top_k if not 1 <= value <= n_experts]
+        if wrong and n_clusters in (None, n_experts):
+            raise ConfigError(f"evaluate.top_k={wrong[0]} is not in [1, cluster.n_clusters={n_experts}]")
         if wrong:
-            raise ConfigError(f"evaluate.top_k={wrong[0]} is not in [1, cluster.n_clusters={n_clusters}]")
+            raise ConfigError(
+                f"evaluate.top_k={wrong[0]} is not in [1, {n_experts}]: train.clusters names {n_experts} of "
+                f"cluster.n_clusters={n_clusters} clusters, and there are no more experts"
+            )
         return sorted(set(self.top_k), reverse=True)
 
 
@@ -83,18 +96,27 @@ class ValidationSet:
         texts: Text of each document.
         tokens: Token ids of each document, separator first.
         clusters: Nearest cluster of each document, shape (n_documents,).
-        n_bytes: UTF-8 bytes of each document, shape (n_documents,).
+        n_bytes: UTF-8 bytes of each document that its counted tokens spell, shape (n_documents,).
+        counted: For each document, which of its tokens count, the separator left out; None counts all.
     """
 
     texts: Sequence[str]
     tokens: Sequence[NDArray[np.int64]]
     clusters: NDArray[np.int64]
     n_bytes: NDArray[np.int64]
+    counted: Sequence[NDArray[np.bool_]] | None = None
 
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Where each document's scores begin, and the end; shape (n_documents + 1,)."""
         return np.concatenate([[0], np.cumsum([len(row) - 1 for row in self.tokens])]).astype(np.int64)
+
+    @property
+    def n_counted(self) -> NDArray[np.int64]:
+        """Tokens of each document that count; shape (n_documents,)."""
+        if self.counted is None:
+            return np.diff(self.offsets)
+        return np.array([np.count_nonzero(row) for row in self.counted], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -103,15 +125,31 @@ class Scores:
 
     Attributes:
         seed: Under the seed model.
-        experts: Under each expert, shape (k, n_tokens), in the order of the clusters.
+        experts: Under each expert, shape (n_experts, n_tokens), in the order of the clusters.
         dense: Under the dense model, where it was trained.
-        random: Under each random-cluster expert, shape (k, n_tokens), where they were trained.
+        random: Under each random-cluster expert, shape (n_experts, n_tokens), where they were trained.
+        clusters: Cluster of each expert, in ascending order; None where every cluster has one.
     """
 
     seed: NDArray[np.float32]
     experts: NDArray[np.float32]
     dense: NDArray[np.float32] | None = None
     random: NDArray[np.float32] | None = None
+    clusters: Sequence[int] | None = None
+
+
+def selection_documents(n_documents: int) -> NDArray[np.bool_]:
+    """Mark the validation documents that settings are chosen on; the others are reported on.
+
+    Args:
+        n_documents: Documents of the validation split, in the order of the token shards: sorted by cluster, so that
+            every second one is a half with the same mixture of domains.
+
+    Returns:
+        Mask of shape (n_documents,).
+    """
+    mask: NDArray[np.bool_] = np.arange(n_documents) % 2 == 0
+    return mask
 
 
 def context_distances(
@@ -149,32 +187,36 @@ def evaluate(
     Args:
         config: The settings.
         validation: The documents.
-        scores: Log-probabilities of their tokens.
-        distances: From `context_distances`.
+        scores: Log-probabilities of all their tokens, counted or not.
+        distances: From `context_distances`, to the centres of all clusters, those without an expert included.
 
     Returns:
-        The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, selection, seed, dense,
-        random, best_single_expert, ensemble, experts, by_domain.
+        The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, n_prompt_tokens, selection,
+        seed, dense, random, best_single_expert, ensemble, experts, by_domain.
 
     Raises:
-        DataError: If there are fewer than four documents, two for each half, or one of them has no token.
+        ConfigError: If a top-k is larger than the number of experts.
+        DataError: If there are fewer than four documents, two for each half; one of them has no token, or none that
+            counts; or experts, clusters and distances, or documents and counted tokens, do not fit.
     """
     if len(validation.tokens) < 4:
         raise DataError(
             f"the validation split has {len(validation.tokens)} documents; at least 4 are needed, half of them to "
             "choose the temperature and half to report on"
         )
-    evaluation = _Evaluation(config, validation, scores)
-    empty = np.flatnonzero(np.diff(validation.offsets) == 0)
-    if len(empty):
-        raise DataError(f"the tokenizer makes no token of validation document {empty[0]}; remove it from the corpus")
-    n_clusters = len(scores.experts)
-    singles = [evaluation.document_nll(row) for row in scores.experts]
+    _check_tokens(validation)
+    n_clusters = distances.shape[1]
+    clusters = _expert_clusters(scores, n_clusters)
+    if len(clusters) < n_clusters:
+        distances = distances[:, clusters]
+    scores, distances = _counted_only(validation, scores, distances)
+    evaluation = _Evaluation(config, validation, scores, n_clusters)
+    alone = {cluster: evaluation.document_nll(row) for cluster, row in zip(clusters, scores.experts, strict=True)}
     seed = evaluation.document_nll(scores.seed)
     dense = evaluation.document_nll(scores.dense) if scores.dense is not None else None
     random = evaluation.document_nll(uniform(scores.random)) if scores.random is not None else None
     settings = _grid(evaluation, distances, dense)
-    best = int(np.argmin([evaluation.perplexity(nll, "selection") for nll in singles]))
+    best = min(alone, key=lambda cluster: evaluation.perplexity(alone[cluster], "selection"))
     chosen = next(row for row in settings if row["selected"])  # the largest top-k comes first
     mixed = evaluation.document_nll(_setting_log_probs(scores.experts, distances, chosen))
     arms = {"seed": seed, "dense": dense, "random": random, "ensemble": mixed}
@@ -182,33 +224,78 @@ def evaluate(
         **evaluation.counts("report"),
         "selection": evaluation.counts("selection"),
         **{name: evaluation.summary(arms[name]) for name in ("seed", "dense", "random")},
-        "best_single_expert": {"cluster": best, **(evaluation.summary(singles[best]) or {})},
+        "best_single_expert": {"cluster": best, **(evaluation.summary(alone[best]) or {})},
         "ensemble": settings,
         "experts": [
-            {"cluster": cluster, "perplexity": evaluation.perplexity(nll, "report")}
-            for cluster, nll in enumerate(singles)
+            {"cluster": cluster, "perplexity": evaluation.perplexity(nll, "report")} for cluster, nll in alone.items()
         ],
-        "by_domain": [evaluation.by_domain(cluster, arms, singles[cluster]) for cluster in range(n_clusters)],
+        "by_domain": [evaluation.by_domain(cluster, arms, alone.get(cluster)) for cluster in range(n_clusters)],
     }
 
 
-class _Evaluation:
-    """Sums of log-probabilities by document, on the half that chooses and the half that is reported."""
+def _check_tokens(validation: ValidationSet) -> None:
+    lengths = np.diff(validation.offsets)
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        raise DataError(f"the tokenizer makes no token of validation document {empty[0]}; remove it from the corpus")
+    if validation.counted is None:
+        return
+    marked = [len(row) for row in validation.counted]
+    if marked != lengths.tolist():
+        raise DataError(
+            f"the marks of counted tokens are {sum(marked)} for {len(marked)} documents, the tokens {lengths.sum()} "
+            f"for {len(lengths)}; run the assign stage again"
+        )
+    empty = np.flatnonzero(validation.n_counted == 0)
+    if len(empty):
+        raise DataError(
+            f"validation document {empty[0]} has no token after its prompt, so nothing of it counts; "
+            "remove it from the corpus"
+        )
 
-    def __init__(self, config: EvaluateConfig, validation: ValidationSet, scores: Scores) -> None:
-        self.config, self.scores = config, scores
-        self._offsets = validation.offsets
-        self._tokens = np.diff(self._offsets)
+
+def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
+    """Cluster of each row of the experts' scores."""
+    clusters = list(range(n_clusters)) if scores.clusters is None else [int(number) for number in scores.clusters]
+    if len(clusters) != len(scores.experts) or not set(clusters) <= set(range(n_clusters)):
+        raise DataError(f"scores of {len(scores.experts)} experts do not fit clusters {clusters} of {n_clusters}")
+    return clusters
+
+
+def _counted_only(
+    validation: ValidationSet, scores: Scores, distances: NDArray[np.float32]
+) -> tuple[Scores, NDArray[np.float32]]:
+    """Scores and distances of the tokens that count."""
+    if validation.counted is None:
+        return scores, distances
+    counted = np.concatenate(validation.counted)
+    some = Scores(
+        seed=scores.seed[counted],
+        experts=scores.experts[:, counted],
+        dense=None if scores.dense is None else scores.dense[counted],
+        random=None if scores.random is None else scores.random[:, counted],
+        clusters=scores.clusters,
+    )
+    return some, distances[counted]
+
+
+class _Evaluation:
+    """Sums over the counted tokens of each document, on the half that chooses and the half that is reported."""
+
+    def __init__(self, config: EvaluateConfig, validation: ValidationSet, scores: Scores, n_clusters: int) -> None:
+        self.config, self.scores, self.n_clusters = config, scores, n_clusters
+        self._tokens = validation.n_counted
+        self._starts = np.cumsum(self._tokens) - self._tokens
+        self._prompt_tokens = np.diff(validation.offsets) - self._tokens
         self._bytes = validation.n_bytes
         self._clusters = validation.clusters
-        # Documents lie sorted by cluster, so every second one is a half with the same mixture of domains.
-        even = np.arange(len(self._tokens)) % 2 == 0
-        self.halves: dict[str, NDArray[np.bool_]] = {"selection": even, "report": ~even}
+        choosing = selection_documents(len(self._tokens))
+        self.halves: dict[str, NDArray[np.bool_]] = {"selection": choosing, "report": ~choosing}
 
     def document_nll(self, log_probs: NDArray[np.floating[Any]]) -> Array:
         """Sum of negative log-probabilities of each document, shape (n_documents,)."""
         # reduceat gives the next element for an empty document; `evaluate` refuses those.
-        return -np.add.reduceat(log_probs.astype(np.float64), self._offsets[:-1])
+        return -np.add.reduceat(log_probs.astype(np.float64), self._starts)
 
     def perplexity(self, nll: Array, half: str, among: NDArray[np.bool_] | None = None) -> float:
         chosen = self.halves[half] if among is None else self.halves[half] & among
@@ -220,6 +307,7 @@ class _Evaluation:
             "n_documents": int(chosen.sum()),
             "n_tokens": int(self._tokens[chosen].sum()),
             "n_bytes": int(self._bytes[chosen].sum()),
+            "n_prompt_tokens": int(self._prompt_tokens[chosen].sum()),
         }
 
     def summary(self, nll: Array | None) -> dict[str, Any] | None:
@@ -252,7 +340,7 @@ class _Evaluation:
         ratio = self.perplexity(nll, "report") / self.perplexity(other, "report")
         return {"dense_ratio": ratio, "dense_ratio_interval": [low, high]}
 
-    def by_domain(self, cluster: int, arms: Mapping[str, Array | None], expert: Array) -> dict[str, Any]:
+    def by_domain(self, cluster: int, arms: Mapping[str, Array | None], expert: Array | None) -> dict[str, Any]:
         among = self._clusters == cluster
         chosen = self.halves["report"] & among
         row: dict[str, Any] = {
@@ -269,7 +357,7 @@ def _grid(evaluation: _Evaluation, distances: NDArray[np.float32], dense: Array 
     """All settings, the chosen temperature and exponent marked for each top-k, and the uniform mean."""
     config, experts = evaluation.config, evaluation.scores.experts
     rows: list[dict[str, Any]] = []
-    for top_k in config.top_k_values(len(experts)):
+    for top_k in config.top_k_values(len(experts), n_clusters=evaluation.n_clusters):
         group: list[dict[str, Any]] = []
         for power in config.distance_powers:
             for temperature in config.temperatures:

@@ -129,14 +129,14 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
 
 
 def top_k_chart(
-    rows: Sequence[Mapping[str, Any]], references: Mapping[str, float], n_clusters: int, *, label: str
+    rows: Sequence[Mapping[str, Any]], references: Mapping[str, float], n_experts: int, *, label: str
 ) -> str:
     """Perplexity of the selected ensembles against the number of experts kept, with the other arms as levels.
 
     Args:
         rows: Selected rows of the ensemble grid, one for each top_k.
         references: Perplexity by arm ("dense", "random", "seed"); a level far from the others is left out.
-        n_clusters: Number of experts; marks the right end as "all".
+        n_experts: Number of experts; marks the right end as "all".
         label: What the figure shows, for readers who do not see it.
     """
     rows = sorted(rows, key=lambda row: row["top_k"])
@@ -149,7 +149,7 @@ def top_k_chart(
         axes.set_xscale("log", base=2)
         axes.errorbar(top_ks, values, yerr=errors, color=COLOURS["ensemble"], marker="o", capsize=3, label="ensemble")
         _levels(axes, values, references)
-        axes.set_xticks(top_ks, [f"{k} (all)" if k == n_clusters else str(k) for k in top_ks])
+        axes.set_xticks(top_ks, [f"{k} (all)" if k == n_experts else str(k) for k in top_ks])
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(top_ks) / 1.25, max(top_ks) * 1.25)
         axes.set_xlabel("experts kept for a token (top-k)")

@@ -24,6 +24,9 @@ from cbtm.merge.figures import format_change, format_perplexity, plain_text
 FORMAT = 1
 """The version of result.json that this module reads."""
 
+_CLUSTERS_SHOWN = 12
+"""Numbers of clusters in a sentence; the table of domains has all."""
+
 _Curves = Mapping[str, Sequence[Mapping[str, float]]]
 
 
@@ -80,7 +83,8 @@ def format_table(rows: Sequence[HeadlineRow]) -> str:
 def verdict(result: Mapping[str, Any]) -> str:
     """One sentence that says whether the ensemble of all experts beats the dense model, from the numbers alone.
 
-    Better or worse is said only when the 95 % interval of the ratio of perplexities excludes 1.
+    Better or worse is said only when the 95 % interval of the ratio of perplexities excludes 1, and equal training
+    tokens only where the experts together saw as many as the dense model.
 
     Raises:
         DataError: If `result` is of another format.
@@ -89,20 +93,21 @@ def verdict(result: Mapping[str, Any]) -> str:
     rows = _selected(result)
     if not rows:
         return "No ensemble of the experts was evaluated."
-    name, perplexity = _ensemble_subject(rows[0], result["n_clusters"]), format_perplexity(rows[0]["perplexity"])
+    name, perplexity = _ensemble_subject(rows[0], len(result["experts"])), format_perplexity(rows[0]["perplexity"])
     ratio, interval = _dense_ratio(rows[0], result), rows[0].get("dense_ratio_interval")
     if ratio is None:
         return f"{name} reaches perplexity {perplexity}; no dense model was trained at equal tokens to compare it with."
     change, side = f"{abs(100 * (ratio - 1)):.1f} %", "below" if ratio < 1 else "above"
-    start = f"{name} reaches perplexity {perplexity}, {change} {side} the dense model at equal training tokens"
+    budget = _at_budget(result)
+    start = f"{name} reaches perplexity {perplexity}, {change} {side} the dense model {budget}"
     if interval is None:
         return f"{start}; no interval was computed."
     low, high = interval
     if low <= 1 <= high:
         dense, span = format_perplexity(result["dense"]["perplexity"]), f"{_signed(low)} to {_signed(high)}"
         return (
-            f"{name} (perplexity {perplexity}) and the dense model ({dense}) cannot be told apart at equal training "
-            f"tokens: the difference of {_signed(ratio)} has a 95 % interval of {span}, which includes 0."
+            f"{name} (perplexity {perplexity}) and the dense model ({dense}) cannot be told apart {budget}: "
+            f"the difference of {_signed(ratio)} has a 95 % interval of {span}, which includes 0."
         )
     near, far = sorted(abs(100 * (end - 1)) for end in interval)
     start += f" (95 % interval {near:.1f}–{far:.1f} %)"
@@ -140,6 +145,8 @@ def render_report(result: Mapping[str, Any], curves: _Curves) -> str:
         lead=next((arm.row.name for arm in arms if arm.role == "ensemble"), None),
         figures=_figures(result, curves, arms),
         uniform=_uniform(result),
+        n_experts=len(result["experts"]),
+        budget=_training_budget(result),
         domains=domain_cards(result),
         domain_remarks=domain_remarks(result),
         by_domain=domain_rows(result),
@@ -152,7 +159,7 @@ def render_report(result: Mapping[str, Any], curves: _Curves) -> str:
 
 def _arms(result: Mapping[str, Any]) -> list[_Arm]:
     _check_format(result)
-    k = result["n_clusters"]
+    k = len(result["experts"])
     arms = [
         _Arm(_row(name, result[role], result), role, models)
         for role, name, models in (
@@ -197,7 +204,7 @@ def _selected(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _uniform(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """All experts with equal weights: what the experts give without any routing."""
     rows = (row for row in result["ensemble"] if row["ensemble"] == "uniform")
-    return next((row for row in rows if row["top_k"] == result["n_clusters"]), None)
+    return next((row for row in rows if row["top_k"] == len(result["experts"])), None)
 
 
 def _dense_ratio(values: Mapping[str, Any], result: Mapping[str, Any]) -> float | None:
@@ -207,17 +214,48 @@ def _dense_ratio(values: Mapping[str, Any], result: Mapping[str, Any]) -> float 
     return float(stored if stored is not None else values["perplexity"] / result["dense"]["perplexity"])
 
 
-def _ensemble_subject(row: Mapping[str, Any], n_clusters: int) -> str:
-    if n_clusters == 1:
+def _ensemble_subject(row: Mapping[str, Any], n_experts: int) -> str:
+    if n_experts == 1:
         return "The one expert"
+    return f"The {'' if row['top_k'] == n_experts else 'top-' + str(row['top_k']) + ' '}ensemble of {n_experts} experts"
+
+
+def _training_budget(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens that the dense model saw, and all experts together; their ratio; whether all took as many steps.
+
+    Without a dense model the experts are measured against what it would have seen. The ratio is 1 within a hundredth,
+    where steps were rounded. A result of cbtm 0.1.0 does not say what was seen, but then all had the same.
+    """
+    seen, planned = result.get("tokens_seen") or {}, result["tokens_per_arm"]
+    dense, experts = seen.get("dense") or planned, seen.get("experts") or planned
+    share = 1.0 if abs(experts / dense - 1) < 0.01 else experts / dense
+    steps = {row.get("steps", result["steps"]) for row in result["experts"]} | {result["steps"]}
+    return {"dense": dense, "experts": experts, "share": share, "same_steps": len(steps) == 1}
+
+
+def _at_budget(result: Mapping[str, Any]) -> str:
+    share = _training_budget(result)["share"]
+    return "at equal training tokens" if share == 1 else f"on {100 * share:.3g} % of its training tokens"
+
+
+def _subset_remark(result: Mapping[str, Any]) -> str | None:
+    """What is to be known of a run in which only some experts were trained."""
+    clusters, k = [str(row["cluster"]) for row in result["experts"]], result["n_clusters"]
+    if len(clusters) == k:
+        return None
+    were = "was trained (cluster" if len(clusters) == 1 else "were trained (clusters"
+    shown = ", ".join(clusters[:_CLUSTERS_SHOWN]) + (", …" if len(clusters) > _CLUSTERS_SHOWN else "")
+    remark = f"Only {len(clusters)} of {k} experts {were} {shown})"
+    if not result.get("dense"):
+        return f"{remark}."
     return (
-        f"The {'' if row['top_k'] == n_clusters else 'top-' + str(row['top_k']) + ' '}ensemble of {n_clusters} experts"
+        f"{remark}, so the comparison with the dense model, which was trained on all clusters, is not at equal tokens."
     )
 
 
 def _remarks(result: Mapping[str, Any], arms: Sequence[_Arm]) -> list[str]:
-    """Sentences under the verdict: what one expert per token gives, what random clusters give, the start."""
-    remarks = []
+    """Sentences under the verdict: which experts there are, what one for each token and random clusters give."""
+    remarks = [remark] if (remark := _subset_remark(result)) else []
     selected = _selected(result)
     if len(selected) > 1 and selected[-1]["top_k"] == 1:
         top_1 = selected[-1]
@@ -253,7 +291,7 @@ def _figures(result: Mapping[str, Any], curves: _Curves, arms: Sequence[_Arm]) -
         arms_at = {arm.role: arm.row.perplexity for arm in arms if arm.role in {"seed", "dense", "random"}}
         values = "; ".join(f"top-{row['top_k']} {format_perplexity(row['perplexity'])}" for row in selected)
         label = f"Perplexity against the number of experts kept. {values}."
-        drawn["top_k"] = figures.top_k_chart(selected, arms_at, result["n_clusters"], label=label)
+        drawn["top_k"] = figures.top_k_chart(selected, arms_at, len(result["experts"]), label=label)
     grid = [row for row in result["ensemble"] if row["ensemble"] == "clustering"]
     if grid:
         label = "Perplexity against routing temperature, a line for each top-k, the chosen setting marked."

@@ -2,7 +2,8 @@
 
 Every token of every document is scored exactly once; the first one is predicted from the separator. A document
 longer than the context goes through in windows; with a stride below the context length each later window repeats
-some tokens as context. One pass per model: whatever is mixed later is arithmetic on these arrays.
+some tokens as context. An expert with a cluster token sees it in front of every window, as in its training. One
+pass per model: whatever is mixed later is arithmetic on these arrays.
 """
 
 import json
@@ -79,6 +80,7 @@ def score_documents(
     context_length: int,
     facts: dict[str, Any],
     folder: Path,
+    prefix_token: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score all documents and write log_probs.npy, offsets.npy and scores.json.
@@ -87,9 +89,10 @@ def score_documents(
         model: A Hugging Face causal language model.
         documents: Validation documents.
         config: Settings.
-        context_length: Most tokens that one window predicts.
+        context_length: Most tokens that are fed to the model at once.
         facts: What the scores belong to, written to scores.json.
         folder: Output folder.
+        prefix_token: Token in front of every window, where the model was trained with one.
         progress: Called with tokens scored so far and in all.
 
     Returns:
@@ -101,7 +104,7 @@ def score_documents(
     import torch
 
     from cbtm.train.loss import CausalLoss
-    from cbtm.train.trainer import choose_device
+    from cbtm.train.ranks import choose_device
 
     if documents.n_documents == 0:
         raise DataError("the validation split holds no document")
@@ -118,8 +121,8 @@ def score_documents(
         values: NDArray[np.float32] = scores.cpu().numpy()
         return values
 
-    batches = list(_batches(rows, context_length, config))
-    out = _score_batches(rows, offsets, batches, score, progress)
+    batches = list(_batches(rows, context_length - (prefix_token is not None), config))
+    out = _score_batches(rows, offsets, batches, score, prefix_token, progress)
     if np.isnan(out).any():
         raise DataError(f"{int(np.isnan(out).sum())} of {len(out)} scores are NaN: the model's weights are broken")
     np.save(folder / LOG_PROBS_FILE, out)
@@ -140,13 +143,15 @@ def _score_batches(
     offsets: NDArray[np.int64],
     batches: list[list[Window]],
     score: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]],
+    prefix_token: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> NDArray[np.float32]:
     """Scores of all tokens, float32 of shape (offsets[-1],); each batch is one call of `score`."""
     out = np.full(int(offsets[-1]), np.nan, dtype=np.float32)
     done = 0
     for batch in batches:
-        for window, row in zip(batch, score(*_pad(rows, batch)), strict=True):
+        scores = score(*_pad(rows, batch, prefix_token))[:, int(prefix_token is not None) :]
+        for window, row in zip(batch, scores, strict=True):
             kept = row[window.first - window.begin - 1 : window.end - window.begin - 1]
             start = int(offsets[window.document]) + window.first - 1
             out[start : start + len(kept)] = kept
@@ -176,10 +181,14 @@ def _batches(rows: list[NDArray[np.int64]], context_length: int, config: ScoreCo
         yield batch
 
 
-def _pad(rows: list[NDArray[np.int64]], batch: list[Window]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _pad(
+    rows: list[NDArray[np.int64]], batch: list[Window], prefix_token: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Inputs and targets, int64 (B, T), padded behind: a causal model's scores do not depend on what follows."""
     width = max(window.end - window.begin for window in batch)
     tokens = np.zeros((len(batch), width), dtype=np.int64)
     for row, window in zip(tokens, batch, strict=True):
         row[: window.end - window.begin] = rows[window.document][window.begin : window.end]
+    if prefix_token is not None:
+        tokens = np.concatenate([np.full((len(batch), 1), prefix_token), tokens], axis=1)
     return tokens[:, :-1], tokens[:, 1:]

@@ -1,24 +1,24 @@
 """Stages on models: train a member, score the validation tokens under it."""
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cbtm import storage
-from cbtm.branch.seed import check_vocabulary, create_model, load_model, model_files
+import numpy as np
+
+from cbtm.branch.seed import check_vocabulary, create_model, load_model, save_model
+from cbtm.branch.source import fetch_model
 from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.manifest import Manifest, run_stage
+from cbtm.merge.evaluator import selection_documents
 from cbtm.merge.scorer import score_documents
 from cbtm.progress import progress
 from cbtm.run import Run
 from cbtm.stages.tracked import child
 from cbtm.train.checkpoint import Checkpoints
-from cbtm.train.config import OptimizationConfig
-from cbtm.train.expert import train_member
+from cbtm.train.job import TrainJob, ValidationData
+from cbtm.train.launch import train_on
 from cbtm.train.member import Member
-
-if TYPE_CHECKING:
-    from torch import nn
+from cbtm.train.slots import device_slot
 
 
 def train(run: Run, member: Member) -> Manifest:
@@ -34,66 +34,79 @@ def _train(run: Run, member: Member, work: Path) -> dict[str, Any]:
     seed = run.config.seed_model
     if member.kind == "seed" and seed.path is not None:
         return _take_over_seed(run, seed.path, work)
-    scratch = work.parent
-    tokenizer_folder = run.fetch(run.tokenizer_spec(), scratch)
-    tokenizer = TextTokenizer.load(tokenizer_folder)
-    documents = run.train_documents(member, scratch)
-    model = _start(run, member, tokenizer, scratch)
-    optimization = _optimization(run, member)
-    share = optimization.sequences_per_step if member.kind == "seed" else run.share(member)
-    checkpoints = Checkpoints(
-        run.uri("checkpoints", member.name), key=run.train_spec(member).key, scratch=scratch / "checkpoint"
-    )
+    job = _job(run, member, work)  # before there is a turn at a device: it is not to wait for downloads
     with (
+        device_slot(job.config.devices, threads=job.config.threads, device=job.config.device),
         child(run, member.name, member.kind, cluster=member.cluster) as tracker,
         progress(f"train:{member.name}", "steps") as shown,
     ):
         tracker.log_dataset(
             run.config.corpus.root, run.config.corpus.root, run.plan_made.digest("train")[:32], "training"
         )
-        tracker.log_params({"member": member.name, "member_sequences_per_step": share})
-        facts = train_member(
-            member,
-            model,
-            documents,
-            optimization,
-            sequences_per_step=share,
-            bindings=_bindings(run, member),
-            checkpoints=checkpoints,
+        tracker.log_params({"member": member.name, "member_sequences_per_step": job.sequences_per_step})
+        facts = train_on(
+            job,
+            n_processes=job.config.devices,
             report=tracker.log_metrics,
-            progress=lambda step, loss: shown.update(step, optimization.steps, loss=f"{loss:.3f}"),
-            folder=work,
+            progress=lambda step, loss: shown.update(step, job.config.steps, loss=f"{loss:.3f}"),
         )
-        cost = {f"cost/{name}": value for name, value in facts["cost"].items() if isinstance(value, float)}
-        tracker.log_params({"device": facts["cost"]["device"]})
+        cost = {f"cost/{name}": float(value) for name, value in facts["cost"].items() if isinstance(value, int | float)}
+        tracker.log_params({"device": facts["cost"]["device"], "member_steps": job.config.steps})
         tracker.log_metrics(
             {"train/tokens_seen": facts["tokens_seen"], "train/epochs": facts["epochs"], **cost}, facts["steps"]
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer_folder / name, work / name)
     return facts
 
 
-def _start(run: Run, member: Member, tokenizer: TextTokenizer, scratch: Path) -> "nn.Module":
-    """Model that a member's training starts from."""
+def _job(run: Run, member: Member, work: Path) -> TrainJob:
+    """Bring everything that a member's training needs to this machine."""
+    scratch = work.parent
+    config = run.optimization(member)
+    tokenizer = run.fetch(run.tokenizer_spec(), scratch)
+    return TrainJob(
+        member=member.name,
+        start=_start(run, member, tokenizer, scratch),
+        tokenizer=tokenizer,
+        shards=run.train_shards(member, scratch),
+        validation=_validation(run, scratch) if config.validate_every is not None else None,
+        config=config,
+        sequences_per_step=run.share(member),
+        cluster_tokens=run.cluster_tokens(member),
+        bindings=_bindings(run, member),
+        checkpoints=run.uri("checkpoints", member.name),
+        key=run.train_spec(member).key,
+        scratch=scratch,
+        output=work,
+    )
+
+
+def _start(run: Run, member: Member, tokenizer_folder: Path, scratch: Path) -> Path:
+    """Folder of the model that a member's training starts from."""
     scratch_model = run.config.seed_model.scratch
+    tokenizer = TextTokenizer.load(tokenizer_folder)
     if member.kind == "seed" and scratch_model is not None:
-        return create_model(
+        model = create_model(
             scratch_model,
             vocab_size=tokenizer.vocab_size,
             separator_id=tokenizer.separator_id,
             context_length=run.config.train.context_length,
         )
+        folder = scratch / "start"
+        save_model(model, folder)
+        return folder
     folder = run.fetch(run.train_spec(Member("seed")), scratch)
     check_vocabulary(folder, tokenizer, run.config.train.context_length)
-    return load_model(folder)
+    return folder
 
 
-def _optimization(run: Run, member: Member) -> OptimizationConfig:
-    training = run.config.seed_model.training
-    if member.kind == "seed" and training is not None:
-        return training
-    return run.config.train.optimization()
+def _validation(run: Run, scratch: Path) -> ValidationData:
+    """The half of the validation documents that nothing is reported on."""
+    shards, clusters = run.validation_shards(scratch)
+    folder = scratch / "validation"
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "clusters.npy", clusters)
+    np.save(folder / "used.npy", selection_documents(len(clusters)))
+    return ValidationData(shards=shards, clusters=folder / "clusters.npy", used=folder / "used.npy")
 
 
 def _bindings(run: Run, member: Member) -> dict[str, Any]:
@@ -106,11 +119,11 @@ def _bindings(run: Run, member: Member) -> dict[str, Any]:
 
 
 def _take_over_seed(run: Run, path: str, work: Path) -> dict[str, Any]:
-    names = model_files([file.path for file in storage.list_files(path)])
-    storage.download(path, work, names)
+    source = run.given(path)
+    fetch_model(source, work)
     tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), work.parent))
     check_vocabulary(work, tokenizer, run.config.train.context_length)
-    return {"member": "seed", "kind": "seed", "cluster": None, "source": path}
+    return {"member": "seed", "kind": "seed", "cluster": None, "source": source}
 
 
 def score(run: Run, member: Member, work: Path) -> dict[str, Any]:
@@ -119,14 +132,17 @@ def score(run: Run, member: Member, work: Path) -> dict[str, Any]:
     config = run.config
     spec = run.train_spec(member)
     documents, _ = run.validation_documents(scratch)
-    model = load_model(run.fetch(spec, scratch))
-    with progress(f"score:{member.name}", "tokens") as shown:
+    prefix = None
+    if run.cluster_tokens(member) is not None and member.cluster is not None:
+        prefix = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch)).vocab_size + member.cluster
+    with device_slot(1, threads=config.score.threads), progress(f"score:{member.name}", "tokens") as shown:
         return score_documents(
-            model,
+            load_model(run.fetch(spec, scratch)),
             documents,
             config.score,
             context_length=config.train.context_length,
             facts={"member": member.name, "cluster": member.cluster, "model_digest": run.load(spec).digest},
             folder=work,
+            prefix_token=prefix,
             progress=shown.update,
         )

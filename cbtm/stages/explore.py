@@ -14,7 +14,7 @@ from cbtm.cluster.selection import Candidate, compare_k
 from cbtm.corpus import CorpusConfig, Document, ReadCounts, list_split, read_files
 from cbtm.errors import ConfigError, DataError
 from cbtm.progress import progress
-from cbtm.run import RunConfig
+from cbtm.run_config import RunConfig
 
 
 def suggest_k(config: RunConfig, ks: Sequence[int], *, repeats: int = 3) -> list[Candidate]:

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from cbtm import storage
-from cbtm.branch.seed import check_vocabulary, model_files
+from cbtm.branch.seed import check_scratch, check_vocabulary, model_files
+from cbtm.branch.source import fetch_files, list_names
 from cbtm.branch.tokenizer import TextTokenizer, fetch_tokenizer
 from cbtm.cluster.backends import check_backend
 from cbtm.cluster.clusterer import read_settings
@@ -12,7 +13,8 @@ from cbtm.cluster.devices import find_device
 from cbtm.cluster.labels import label_files
 from cbtm.errors import ConfigError
 from cbtm.plan import Plan
-from cbtm.run import CONFIG_FILE, Run, RunConfig
+from cbtm.run import Run
+from cbtm.run_config import CONFIG_FILE
 from cbtm.stages.tracked import open_parent
 
 
@@ -29,7 +31,8 @@ def plan(run: Run) -> Plan:
     storage.check_writable(run.config.root)
     made = run.make_plan()
     storage.write_bytes(run.uri(CONFIG_FILE), run.config.model_dump_json(indent=1).encode())
-    _check_seed(run.config)
+    run.pin_sources()
+    _check_seed(run)
     _check_cluster(run)
     open_parent(run)
     return made
@@ -53,17 +56,18 @@ def _check_cluster(run: Run) -> None:
     find_device(config.device)
 
 
-def _check_seed(config: RunConfig) -> None:
-    seed = config.seed_model
+def _check_seed(run: Run) -> None:
+    config, seed = run.config, run.config.seed_model
+    if seed.scratch is not None:
+        check_scratch(seed.scratch, config.train.context_length)
     given = config.tokenizer.path or seed.path
     if given is None:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer: TextTokenizer = fetch_tokenizer(given, Path(scratch, "tokenizer"))
+        tokenizer: TextTokenizer = fetch_tokenizer(run.given(given), Path(scratch, "tokenizer"))
         if seed.path is None:
             return
-        names = model_files([file.path for file in storage.list_files(seed.path)])
-        folder = storage.local_path(seed.path) if not storage.is_s3(seed.path) else Path(scratch, "model")
-        if storage.is_s3(seed.path):
-            storage.download(seed.path, folder, [name for name in names if name.endswith("config.json")])
+        source, folder = run.given(seed.path), Path(scratch, "model")
+        names = model_files(list_names(source), source)
+        fetch_files(source, folder, [name for name in names if name.endswith("config.json")])
         check_vocabulary(folder, tokenizer, config.train.context_length)

@@ -26,7 +26,9 @@ def tokenizer(run: Run, work: Path) -> dict[str, Any]:
     counts = ReadCounts()
     documents = itertools.islice(run.documents("train", counts), config.max_documents)
     texts = (document.text for document in _counted(documents, "tokenizer"))
-    made = build_tokenizer(config, run.config.seed_model.path, texts, work)
+    if given := config.path or run.config.seed_model.path:
+        config = config.model_copy(update={"path": run.given(given)})
+    made = build_tokenizer(config, None, texts, work)
     return {"vocab_size": made.vocab_size, "separator": made.separator, "documents": counts.documents}
 
 

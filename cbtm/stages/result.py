@@ -14,6 +14,7 @@ from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer
 from cbtm.cluster.domains import DOMAINS_FORMAT, balance
+from cbtm.corpus import Document
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
 from cbtm.merge.evaluator import Scores, ValidationSet, context_distances
@@ -24,9 +25,10 @@ from cbtm.plan import Part
 from cbtm.progress import progress
 from cbtm.run import REPORT_FILE, RESULT_FILE, Run
 from cbtm.stages.tracked import child, finish_parent
+from cbtm.tokens import DocumentRecord
 from cbtm.tracking import RunKind
 from cbtm.train.expert import CURVE_FILE, EXPERT_FILE
-from cbtm.train.member import Member
+from cbtm.train.member import Kind, Member
 
 DOMAIN_TABLE_FILE = "domain_table.json"
 """Artifact of the evaluation's run in the tracker: the domains as MLflow's tables are stored."""
@@ -94,16 +96,27 @@ def _check_bindings(run: Run, scratch: Path) -> None:
 def _validation_set(run: Run, scratch: Path) -> ValidationSet:
     documents, clusters = run.validation_documents(scratch)
     records = list(documents.records())
-    texts = {document.sp_id: document.text for document in run.documents("validation")}
-    missing = [record.sp_id for record in records if record.sp_id not in texts]
+    there = {document.sp_id: document for document in run.documents("validation")}
+    missing = [record.sp_id for record in records if record.sp_id not in there]
     if missing:
         raise ManifestError(f"validation document {missing[0]} is no longer in the corpus; run the assign stage again")
+    found = [there[record.sp_id] for record in records]
     return ValidationSet(
-        texts=[texts[record.sp_id] for record in records],
+        texts=[document.text for document in found],
         tokens=list(documents.documents()),
         clusters=clusters,
-        n_bytes=np.array([record.n_bytes for record in records], dtype=np.int64),
+        n_bytes=np.array([answer_bytes(*pair) for pair in zip(found, records, strict=True)], dtype=np.int64),
+        counted=list(documents.learned_targets()) if documents.has_prompts else None,
     )
+
+
+def answer_bytes(document: Document, record: DocumentRecord) -> int:
+    """UTF-8 bytes of a document after its prompt.
+
+    A token that begins in the prompt and ends after it counts, and its bytes in the prompt do not: bits per byte are
+    then of the same text for every tokenizer, and never too low.
+    """
+    return record.n_bytes - len(document.text[: document.prompt].encode())
 
 
 def _scores(run: Run, offsets: NDArray[np.int64], scratch: Path) -> Scores:
@@ -122,6 +135,7 @@ def _scores(run: Run, offsets: NDArray[np.int64], scratch: Path) -> Scores:
         experts=stack("expert"),
         dense=read(Member("dense")) if run.config.train.dense else None,
         random=stack("random") if run.config.train.random_clusters else None,
+        clusters=run.config.train.trained_clusters(run.config.cluster.n_clusters),
     )
 
 
@@ -169,6 +183,35 @@ def domain_entries(
     }
 
 
+def expert_entry(row: Mapping[str, Any], domain: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of `experts` in result.json.
+
+    Args:
+        row: Cluster and perplexity of the expert.
+        domain: The entry of `domains` of its cluster.
+        facts: Metadata of its training's manifest.
+    """
+    return {
+        **row,
+        **{name: domain[name] for name in ("documents", "tokens", "top_terms")},
+        **{name: facts[name] for name in ("tokens_seen", "steps")},
+    }
+
+
+def tokens_seen(trained: Mapping[Member, Mapping[str, Any]]) -> dict[str, int | None]:
+    """Training tokens of the dense model, of all experts and of all random-cluster experts; None where there is none.
+
+    Args:
+        trained: Metadata of the training's manifest of each member.
+    """
+    kinds: dict[str, Kind] = {"dense": "dense", "experts": "expert", "random": "random"}
+    seen = {
+        name: [facts["tokens_seen"] for member, facts in trained.items() if member.kind == kind]
+        for name, kind in kinds.items()
+    }
+    return {name: sum(counts) if counts else None for name, counts in seen.items()}
+
+
 def domain_table(domains: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The domains as columns and rows, which is how MLflow stores a table (`mlflow.load_table` reads it)."""
     columns = ["cluster", "top_terms", "documents", "tokens", "share_documents", "share_tokens", "fit_documents"]
@@ -188,11 +231,13 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
     config = run.config
     train, validation = _counts(run, "train"), _counts(run, "validation")
     documents, tokens = (sum(counts[key] for counts in train) for key in ("documents", "tokens"))
-    experts = [
-        {**row, "documents": counts["documents"], "tokens": counts["tokens"], "top_terms": domain["top_terms"]}
-        for row, counts, domain in zip(measured["experts"], train, described["domains"], strict=True)
-    ]
+    trained = {member: run.load(run.train_spec(member)).metadata for member in config.members}
     domains, sizes = domain_entries(described, train)
+    by_cluster = {domain["cluster"]: domain for domain in domains}
+    experts = [
+        expert_entry(row, by_cluster[row["cluster"]], trained[Member("expert", row["cluster"])])
+        for row in measured["experts"]
+    ]
     return {
         "format": 1,
         "run": {
@@ -215,7 +260,9 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
         },
         "n_clusters": config.cluster.n_clusters,
         "tokens_per_arm": config.train.total_tokens,
+        "tokens_seen": tokens_seen(trained),
         "steps": config.train.steps,
+        "clusters_trained": [row["cluster"] for row in experts],
         **measured,
         "experts": experts,
         "domains": domains,
@@ -281,7 +328,8 @@ def _track(run: Run, result: Mapping[str, Any], artifacts: Sequence[Path]) -> No
         for row in chosen:
             tracker.log_metrics({f"eval/top_k/{name}": value for name, value in _plain(row).items()}, row["top_k"])
         best = _best(result)
-        tracker.log_params({key: best[key] for key in ("distance_power", "temperature", "top_k")})
+        chosen_by = {key: best[key] for key in ("distance_power", "temperature", "top_k")}
+        tracker.log_params({**chosen_by, "clusters_trained": result["clusters_trained"]})
         tracker.log_metrics(_figures(best), run.config.train.steps)
         tracker.log_metrics(cluster_figures(result, run.load(run.cluster_spec()).metadata), run.config.train.steps)
         for path in artifacts:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from cbtm import cli, local
 from cbtm.corpora.folder import demo_corpus
 from cbtm.errors import DataError
-from cbtm.run import Run, load_config
+from cbtm.run import Run
+from cbtm.run_config import load_config
 from cbtm.stages.tracked import child, open_parent
 from cbtm.tracking.ui import comparison_path
 

@@ -13,13 +13,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 from small import settings
 
-from cbtm import stages, storage
+from cbtm import s3, stages, storage
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.errors import ConfigError, DataError, ManifestError, StorageError
 from cbtm.manifest import run_stage
 from cbtm.plan import Part
-from cbtm.run import Run, RunConfig, parse_config
+from cbtm.run import Run
+from cbtm.run_config import RunConfig, parse_config
 from cbtm.stages import prepare
+from cbtm.tokens import TokenDocuments
 from cbtm.train.member import Member
 
 
@@ -82,7 +84,7 @@ def test_every_arm_sees_the_same_tokens(made):
 
 def test_dense_and_both_partitions_hold_the_same_documents(made, tmp_path):
     def ids(member: Member) -> list[str]:
-        return [record.sp_id for record in made.train_documents(member, tmp_path).records()]
+        return [record.sp_id for record in TokenDocuments(made.train_shards(member, tmp_path)).records()]
 
     dense = sorted(ids(Member("dense")))
     assert len(dense) == len(set(dense)) == 160
@@ -308,7 +310,7 @@ def test_changed_clusterer_is_refused(made, corpus, tmp_path):
 def test_clusters_of_equal_tokens_are_fitted_with_the_tokens_of_the_run(made, corpus, tmp_path):
     run = prepare_text(with_clusters(settings(str(corpus), str(tmp_path / "out"), None), balance="tokens"))
     facts = run.load(run.cluster_spec()).metadata
-    lengths = made.train_documents(Member("dense"), tmp_path).lengths()
+    lengths = TokenDocuments(made.train_shards(Member("dense"), tmp_path)).lengths()
     assert sum(facts["tokens"]) == lengths.sum()
     assert abs(facts["tokens"][0] - lengths.sum() / 2) < lengths.max()
 
@@ -485,10 +487,10 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "testkey")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        storage._s3.cache_clear()
+        s3.client.cache_clear()
         boto3.client("s3").create_bucket(Bucket="cbtm-test")
         yield "s3://cbtm-test"
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
     server.stop()
 
 

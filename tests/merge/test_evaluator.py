@@ -10,7 +10,14 @@ from cbtm.cluster.config import ClusterConfig
 from cbtm.cluster.fit import fit_clusterer
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, DataError, ManifestError
-from cbtm.merge.evaluator import EvaluateConfig, Scores, ValidationSet, context_distances, evaluate
+from cbtm.merge.evaluator import (
+    EvaluateConfig,
+    Scores,
+    ValidationSet,
+    context_distances,
+    evaluate,
+    selection_documents,
+)
 
 ONE_SETTING = EvaluateConfig(temperatures=(1.0,), distance_powers=(2,), bootstrap_resamples=200)
 # Expert 0 nearer by ln 3 in squared distance: exp(0) to exp(-ln 3) is 3 to 1, weights 3/4 and 1/4.
@@ -82,7 +89,7 @@ def test_models_by_hand():
     result = evaluate(ONE_SETTING, *hand_case())
     # 3 reported tokens in 6 + 3 bytes; the perplexity of a product p of 3 probabilities is p^(-1/3).
     assert (result["n_documents"], result["n_tokens"], result["n_bytes"]) == (2, 3, 9)
-    assert result["selection"] == {"n_documents": 2, "n_tokens": 2, "n_bytes": 8}
+    assert result["selection"] == {"n_documents": 2, "n_tokens": 2, "n_bytes": 8, "n_prompt_tokens": 0}
     assert result["seed"]["perplexity"] == close(2)
     assert result["seed"]["bits_per_byte"] == close(3 / 9)  # one bit a token
     assert result["dense"]["perplexity"] == close(4)  # (1/64)^(-1/3)
@@ -170,7 +177,135 @@ def test_without_dense_and_random_models_their_figures_are_absent():
     assert result["ensemble"][0]["perplexity"] == close(4)
 
 
+# --- experts of some clusters only ---
+
+
+def test_ensemble_of_a_subset_weighs_the_distances_to_its_own_centres():
+    # A third centre, nearer than both others everywhere but without an expert: the weights stay 3/4 and 1/4.
+    validation, scores, distances = hand_case()
+    between = np.insert(distances, 1, 0.0, axis=1)
+    whole = evaluate(ONE_SETTING, validation, scores, distances)
+    subset = evaluate(ONE_SETTING, validation, replace(scores, clusters=(0, 2)), between)
+    assert subset["ensemble"] == whole["ensemble"]
+    assert subset["ensemble"][0]["perplexity"] == close(4)
+    assert [row["top_k"] for row in subset["ensemble"]] == [2, 1, 2]
+    assert [subset[name] for name in ("seed", "dense", "random")] == [
+        whole[name] for name in ("seed", "dense", "random")
+    ]
+
+
+def test_experts_of_a_subset_keep_the_number_of_their_cluster():
+    validation, scores, distances = hand_case()
+    result = evaluate(ONE_SETTING, validation, replace(scores, clusters=(1, 4)), np.repeat(distances, 3, axis=1))
+    assert [row["cluster"] for row in result["experts"]] == [1, 4]
+    assert [row["perplexity"] for row in result["experts"]] == [close(0.016 ** (-1 / 3)), close(0.032 ** (-1 / 3))]
+    assert result["best_single_expert"]["cluster"] == 1
+    # Documents 1 and 3 are of clusters 0 and 1: that of cluster 0 has no expert of its own, but is evaluated.
+    rows = result["by_domain"]
+    assert [row["cluster"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows[0]["own_expert"] is None
+    assert rows[0]["seed"] == close(2)
+    assert rows[0]["ensemble"] is not None
+    assert rows[1]["own_expert"] == close(1 / 0.2)  # the first expert's, of the token of document 3
+    assert [row["n_documents"] for row in rows] == [1, 1, 0, 0, 0, 0]
+
+
+def test_subset_is_evaluated_as_if_there_were_no_other_clusters():
+    validation, scores, distances = random_case(k=5)
+    kept = [0, 2, 3]
+    some = replace(scores, experts=scores.experts[kept], random=scores.random[kept])
+    config = EvaluateConfig(bootstrap_resamples=100)
+    alone = evaluate(config, validation, some, distances[:, kept])
+    subset = evaluate(config, validation, replace(some, clusters=kept), distances)
+    for name in ("ensemble", "random", "seed", "dense", "selection"):
+        assert subset[name] == alone[name]
+    assert {row["top_k"] for row in subset["ensemble"]} == {3, 1}
+    assert subset["best_single_expert"] == {
+        **alone["best_single_expert"],
+        "cluster": kept[alone["best_single_expert"]["cluster"]],
+    }
+
+
+@pytest.mark.parametrize("clusters", [None, (0,), (0, 1, 2), (0, 4)])
+def test_scores_that_do_not_fit_their_clusters_are_refused(clusters):
+    validation, scores, distances = random_case(k=4)
+    two = replace(scores, experts=scores.experts[:2], clusters=clusters)
+    with pytest.raises(DataError, match=r"scores of 2 experts do not fit clusters \[.*\] of 4"):
+        evaluate(ONE_SETTING, validation, two, distances)
+
+
+# --- prompts ---
+
+
+def hand_case_with_prompts():
+    """`hand_case` with 1, 2, 1 and 3 tokens of prompt in front, which would ruin every figure.
+
+    At them all models find the truth nearly impossible, and the second centre is so far (exp(-1600) is 0 in
+    float64) that one expert alone would be used.
+    """
+    validation, scores, distances = hand_case()
+    prompts = [1, 2, 1, 3]
+    marks = [np.arange(len(row) - 1 + n) >= n for row, n in zip(validation.tokens, prompts, strict=True)]
+    rows = [
+        np.concatenate([row[:1], np.full(n, 7), row[1:]]) for row, n in zip(validation.tokens, prompts, strict=True)
+    ]
+    counted = np.concatenate(marks)
+
+    def spread(values):
+        out = np.full((*values.shape[:-1], len(counted)), -20, dtype=np.float32)
+        out[..., counted] = values
+        return out
+
+    far = np.tile(np.float32([0, 40]), (len(counted), 1))
+    far[counted] = distances
+    long = Scores(*(spread(values) for values in (scores.seed, scores.experts, scores.dense, scores.random)))
+    return replace(validation, tokens=rows, counted=marks), long, far
+
+
+def test_tokens_of_prompts_count_in_no_figure():
+    plain = evaluate(ONE_SETTING, *hand_case())
+    result = evaluate(ONE_SETTING, *hand_case_with_prompts())
+    # Documents 1 and 3 are reported: 2 + 1 counted tokens after 2 + 3 of prompts; 0 and 2 select.
+    assert (result["n_tokens"], result["n_prompt_tokens"], result["n_bytes"]) == (3, 5, 9)
+    assert result["selection"] == {"n_documents": 2, "n_tokens": 2, "n_bytes": 8, "n_prompt_tokens": 2}
+    assert result["seed"]["perplexity"] == close(2)
+    assert result["dense"]["bits_per_byte"] == close((1 + 2 + 3) / 9)
+    assert result["ensemble"][0]["perplexity"] == close(4)
+    assert result["ensemble"][0]["experts_used"] == 2.0
+    assert [row["n_tokens"] for row in result["by_domain"]] == [2, 1]
+    prompts = {"n_prompt_tokens": 0, "selection": {**result["selection"], "n_prompt_tokens": 0}}
+    assert {**result, **prompts} == plain
+
+
+def test_prompts_and_a_subset_together_are_the_counted_part_of_the_subset():
+    validation, scores, distances = hand_case_with_prompts()
+    wide = np.insert(distances, 1, 0.0, axis=1)
+    subset = evaluate(ONE_SETTING, validation, replace(scores, clusters=(0, 2)), wide)
+    assert subset["ensemble"] == evaluate(ONE_SETTING, *hand_case())["ensemble"]
+
+
+def test_document_of_which_nothing_counts_is_refused():
+    validation, scores, distances = hand_case_with_prompts()
+    marks = [*validation.counted[:2], np.zeros(2, dtype=bool), validation.counted[3]]
+    with pytest.raises(DataError, match="validation document 2 has no token after its prompt"):
+        evaluate(ONE_SETTING, replace(validation, counted=marks), scores, distances)
+
+
+def test_marks_of_other_tokens_are_refused():
+    validation, scores, distances = hand_case_with_prompts()
+    with pytest.raises(DataError, match="marks of counted tokens are 8 for 3 documents, the tokens 12 for 4"):
+        evaluate(ONE_SETTING, replace(validation, counted=validation.counted[:3]), scores, distances)
+
+
 # --- choosing and reporting ---
+
+
+def test_documents_to_choose_on_are_every_second_one():
+    assert selection_documents(5).tolist() == [True, False, True, False, True]
+    validation, scores, distances = random_case(n_documents=9)
+    counts = evaluate(EvaluateConfig(bootstrap_resamples=100), validation, scores, distances)
+    assert counts["selection"]["n_bytes"] == validation.n_bytes[selection_documents(9)].sum()
+    assert counts["n_bytes"] == validation.n_bytes[~selection_documents(9)].sum()
 
 
 def test_one_setting_is_selected_for_each_top_k_and_it_is_the_best_of_the_selecting_half():
@@ -284,6 +419,14 @@ def test_top_k_out_of_range_is_refused(top_k):
         EvaluateConfig(top_k=(2, top_k)).top_k_values(4)
     with pytest.raises(ConfigError, match=f"evaluate.top_k={top_k} is not in"):
         evaluate(EvaluateConfig(top_k=(top_k,)), *random_case(k=4))
+
+
+def test_top_k_above_the_number_of_trained_experts_is_refused_with_both_numbers():
+    message = r"evaluate.top_k=4 is not in \[1, 3\]: train.clusters names 3 of cluster.n_clusters=8 clusters"
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(top_k=(4, 2)).top_k_values(3, n_clusters=8)
+    assert EvaluateConfig(top_k=(3, 2)).top_k_values(3, n_clusters=8) == [3, 2]
+    assert EvaluateConfig().top_k_values(3, n_clusters=8) == [3, 1]
 
 
 @pytest.mark.parametrize(

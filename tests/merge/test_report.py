@@ -53,9 +53,9 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
             "cbtm_version": "0.1.0", "seconds": {"fit": 2.5, "train": 125.0},
             "cost": [
                 {"member": "dense", "device": "NVIDIA H100", "seconds": 7300.0, "tokens_per_second": 45000.0,
-                 "flops": 2.5e18, "utilisation": 0.345, "price": 6.08},
+                 "flops": 2.5e18, "utilisation": 0.345, "price": 6.08, "devices": 8, "tokens": 328_500_000},
                 {"member": "cluster-00000", "device": "cpu (x86_64)", "seconds": 61.0, "tokens_per_second": 900.0,
-                 "flops": 3e12, "utilisation": None, "price": None},
+                 "flops": 3e12, "utilisation": None, "price": None, "devices": 1, "tokens": 54_900},
             ],
         },
         "corpus": {
@@ -103,6 +103,25 @@ def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) ->
             "n_labelled": 1000, "n_labels": 8, "nmi": 0.93, "purity": 0.97, "nearest": {"nmi": 0.91, "purity": 0.96},
         },
     }  # fmt: skip
+
+
+def make_subset(clusters: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
+    """A run of four clusters of which only some got an expert, which saw its share of the tokens and no more."""
+    result, few = make_result(4), make_result(len(clusters))
+    kept = {key: few[key] for key in ("ensemble", "experts")}
+    for row, cluster in zip(kept["experts"], clusters, strict=True):
+        row |= {"cluster": cluster, "tokens_seen": 409_600, "steps": 400}
+    for row in result["by_domain"]:
+        if row["cluster"] not in clusters:
+            row["own_expert"] = None
+    seen = 409_600 * len(clusters)
+    return {
+        **result,
+        **kept,
+        "clusters_trained": list(clusters),
+        "best_single_expert": {"cluster": clusters[-1], **arm(200.0)},
+        "tokens_seen": {"dense": 1_638_400, "experts": seen, "random": seen},
+    }
 
 
 def make_curves(n_clusters: int = 4, steps: int = 12) -> dict[str, list[dict[str, float]]]:
@@ -234,6 +253,81 @@ def test_verdict_names_the_top_k_when_all_experts_were_not_evaluated():
     result = make_result()
     result["ensemble"] = [row for row in result["ensemble"] if row["top_k"] == 2]
     assert verdict(result).startswith("The top-2 ensemble of 4 experts reaches perplexity 41.0, 18.0 % below")
+
+
+def test_verdict_on_a_subset_says_how_many_tokens_its_experts_saw():
+    # 2 of 4 experts with 409,600 tokens each, the dense model with 1,638,400.
+    assert verdict(make_subset()) == (
+        "The ensemble of 2 experts reaches perplexity 40.0, 20.0 % below the dense model on 50 % of its training "
+        "tokens (95 % interval 19.0–21.0 %)."
+    )
+    assert verdict(make_subset((2,))).startswith("The one expert reaches perplexity 40.0, 20.0 % below the dense model")
+    whole = {**make_result(), "tokens_seen": {"dense": 1_638_400, "experts": 1_638_000, "random": None}}
+    assert verdict(whole) == verdict(make_result())  # rounded steps
+
+
+def test_headline_of_a_subset_counts_the_experts_that_there_are():
+    names = [row.name for row in headline_rows(make_subset())]
+    assert names[3:] == ["ensemble, all 2 experts", "ensemble, top-1", "best single expert, cluster 3"]
+
+
+def test_page_of_a_subset_says_so_and_speaks_of_the_true_clusters():
+    page = render_report(make_subset(), {"dense": [], "cluster-00001": [], "cluster-00003": []})
+    text = Page(page).text.replace("\u00a0", " ")
+    for fact in (
+        "Only 2 of 4 experts were trained (clusters 1, 3), so the comparison with the dense model, which was trained "
+        "on all clusters, is not at equal tokens.",
+        "Cluster-Branch-Train-Merge with 2 experts",
+        "The dense model trains on 1,638,400 tokens; 2 experts train, together, on 819,200, each with 1/4 of the",
+        "2 of 4",
+        "All experts with equal weights, without routing: 70.0.",
+    ):
+        assert fact in text, fact
+    assert "same number of tokens" not in text
+    assert "None" not in text
+    # All four domains have a card; those of clusters 1 and 3 have an expert, whose perplexities are 200 and 201.
+    assert [text.count(f"Cluster {cluster}\n") for cluster in range(4)] == [1, 1, 1, 1]
+    assert text.count("expert alone") == 2 + 1  # and the sentence that explains it
+    cards = text.split("Cluster 1\n")[1].split("Cluster 2\n")
+    assert "200.0" in cards[0]
+    assert "201.0" in cards[1].split("Cluster 3\n")[1]
+    levels = ["".join(ElementTree.fromstring(svg).itertext()) for svg in svgs(page)]
+    assert "2 (all)" in levels[1]
+
+
+def test_page_of_a_subset_without_a_dense_model_compares_with_nothing():
+    subset = make_subset((2,))
+    result = {**subset, "dense": None, "tokens_seen": {**subset["tokens_seen"], "dense": None}}
+    for row in result["ensemble"]:
+        row["dense_ratio"] = row["dense_ratio_interval"] = None
+    for row in result["by_domain"]:
+        row["dense"] = None
+    text = Page(render_report(result, {})).text
+    assert "Only 1 of 4 experts was trained (cluster 2)." in text
+    assert "one expert trains on 409,600 of 1,638,400 tokens, with 1/4 of the batch." in text
+
+
+def test_many_clusters_of_a_subset_are_not_all_named():
+    result = {**make_result(64), "n_clusters": 128}
+    assert "(clusters 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …)" in Page(render_report(result, {})).text
+
+
+def test_page_says_that_prompts_do_not_count():
+    claim = "Every token of every document is scored"
+    plain = Page(render_report({**make_result(), "n_prompt_tokens": 0}, {})).text
+    assert claim in plain
+    text = Page(render_report({**make_result(), "n_prompt_tokens": 1234}, {})).text
+    assert claim not in text
+    assert "the 1,234 tokens of the prompts are given and do not count." in text
+
+
+def test_experts_with_different_numbers_of_steps_are_not_said_to_have_the_same():
+    result = make_result()
+    assert "in the same number of steps" in Page(render_report(result, {})).text
+    result["experts"][2]["steps"] = 200
+    text = Page(render_report(result, {})).text
+    assert "in the same number of steps" not in text
+    assert "the 4 experts share them, each with 1/4 of the batch" in text
 
 
 def test_table_aligns_and_is_ascii():

@@ -47,7 +47,7 @@ def documents(folder, lengths):
     return TokenDocuments([(folder, "text")])
 
 
-def score(folder, model, lengths, *, context_length=CONTEXT, progress=None, **config):
+def score(folder, model, lengths, *, context_length=CONTEXT, prefix=None, progress=None, **config):
     out = folder / "scores"
     out.mkdir(parents=True, exist_ok=True)
     found = documents(folder / "tokens", lengths)
@@ -58,6 +58,7 @@ def score(folder, model, lengths, *, context_length=CONTEXT, progress=None, **co
         context_length=context_length,
         facts={"member": "dense"},
         folder=out,
+        prefix_token=prefix,
         progress=progress,
     )
     offsets = np.load(out / "offsets.npy")
@@ -66,12 +67,12 @@ def score(folder, model, lengths, *, context_length=CONTEXT, progress=None, **co
     return list(found.documents()), by_document, facts
 
 
-def naive(model, tokens):
+def naive(model, tokens, prefix=()):
     """Log-probability of tokens 1, 2, … from one forward pass over one document, by transformers' own logits."""
-    row = torch.from_numpy(tokens)[None]
+    row = torch.tensor([*prefix, *tokens.tolist()])[None]
     with torch.no_grad():
         log_probs = model(input_ids=row[:, :-1]).logits.log_softmax(dim=-1)
-    return log_probs[0, torch.arange(row.shape[1] - 1), row[0, 1:]].numpy()
+    return log_probs[0, torch.arange(row.shape[1] - 1), row[0, 1:]].numpy()[len(prefix) :]
 
 
 # --- windows ---
@@ -170,6 +171,38 @@ def test_stride_costs_nothing_where_documents_fit_the_context(tmp_path, model):
     _, other, its_facts = score(tmp_path / "b", model, LENGTHS, max_batch_tokens=32)
     assert facts == its_facts
     np.testing.assert_array_equal(np.concatenate(one), np.concatenate(other))
+
+
+def test_prefix_token_stands_in_front_of_every_window(tmp_path, model):
+    # It takes one of the 16 places: windows predict 15 tokens, after 299 and the one in front of them.
+    rows, scores, facts = score(tmp_path, model, (*LENGTHS, 41), prefix=299)
+    assert facts["tokens"] == sum(LENGTHS) - len(LENGTHS) + 40
+    for tokens, part in zip(rows, scores, strict=True):
+        begins = range(0, len(tokens) - 1, 15)
+        expected = [naive(model, tokens[begin : begin + 16], prefix=[299]) for begin in begins]
+        assert len(part) == len(tokens) - 1
+        np.testing.assert_allclose(part, np.concatenate(expected), rtol=1e-5, atol=1e-5)
+    _, without, _ = score(tmp_path / "without", model, (*LENGTHS, 41))
+    assert np.abs(scores[-1] - without[-1]).max() > 0.1
+    _, other, _ = score(tmp_path / "other", model, (*LENGTHS, 41), prefix=298)
+    assert np.abs(scores[-1] - other[-1]).max() > 0.1
+
+
+def test_prefix_token_and_stride_by_hand(tmp_path, model):
+    (tokens,), (scores,), facts = score(tmp_path, model, (40,), prefix=299, stride=4)
+    # 15 tokens from the first window, then 24 / 4 = 6 windows of 4 with the 11 before them as context.
+    expected = [naive(model, tokens[:16], prefix=[299])]
+    expected += [naive(model, tokens[begin : begin + 16], prefix=[299])[-4:] for begin in range(4, 25, 4)]
+    np.testing.assert_allclose(scores, np.concatenate(expected), rtol=1e-5, atol=1e-5)
+    assert facts["tokens"] == 39
+
+
+def test_prefix_token_does_not_change_with_what_shares_a_batch(tmp_path, model):
+    lengths = (*LENGTHS, 40, 33)
+    _, one, _ = score(tmp_path / "a", model, lengths, prefix=299, stride=5)
+    _, other, _ = score(tmp_path / "b", model, lengths, prefix=299, stride=5, max_batch_tokens=1)
+    for first, second in zip(one, other, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 def test_facts_are_returned_and_written(tmp_path, model):

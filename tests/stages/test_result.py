@@ -1,11 +1,22 @@
-"""What the last stage makes of the description of the domains, for result.json and for the tracker."""
+"""What the last stage makes of domains, experts and documents, for result.json and for the tracker."""
 
 import json
 
 import pytest
 
+from cbtm.corpus import Document
 from cbtm.errors import ManifestError
-from cbtm.stages.result import cluster_figures, domain_entries, domain_table, read_domains
+from cbtm.stages.result import (
+    answer_bytes,
+    cluster_figures,
+    domain_entries,
+    domain_table,
+    expert_entry,
+    read_domains,
+    tokens_seen,
+)
+from cbtm.tokens import DocumentRecord
+from cbtm.train.member import Member
 
 
 def described():
@@ -46,6 +57,29 @@ def test_table_of_domains_has_the_layout_of_mlflow_tables(tmp_path):
     assert read["top_terms"].tolist() == ["a, b", "a, b"]
     assert read["neighbours"].astype(str).tolist() == ["1", "0"]
     assert read["labels"].tolist() == ["law 0.75", "law 0.75"]
+
+
+def test_entry_of_an_expert_has_the_facts_of_its_own_cluster():
+    domain = domain_entries(described(), COUNTS)[0][1]
+    facts = {"tokens_seen": 480, "steps": 5, "kind": "expert"}
+    assert expert_entry({"cluster": 1, "perplexity": 9.5}, domain, facts) == {
+        "cluster": 1, "perplexity": 9.5, "documents": 10, "tokens": 3000, "top_terms": ["a", "b"],
+        "tokens_seen": 480, "steps": 5,
+    }  # fmt: skip
+
+
+def test_tokens_seen_are_summed_over_the_members_that_there_are():
+    seen = {Member("expert", 1): 300, Member("expert", 3): 200, Member("dense"): 1000}
+    facts = {member: {"tokens_seen": tokens} for member, tokens in seen.items()}
+    assert tokens_seen(facts) == {"dense": 1000, "experts": 500, "random": None}
+
+
+def test_bytes_are_those_after_the_prompt():
+    # "né: " is five bytes of four characters; "où" is three bytes.
+    text = "né: où"
+    record = DocumentRecord("d|0", len(text.encode()))
+    assert answer_bytes(Document("d|0", text), record) == 8
+    assert answer_bytes(Document("d|0", text, prompt=4), record) == 3
 
 
 def test_unknown_figures_are_left_out_of_the_tracker():
