@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-import zstandard
 from router import docstrings
 
 from cbtm.corpus import ReadCounts, list_split, read_file
@@ -100,6 +99,8 @@ def _plain(sp_id: str) -> str:
 
 
 def _domains(root: Path, path: str) -> Iterator[tuple[str, str]]:
+    import zstandard  # labels alone need it
+
     opener = {".gz": gzip.open, ".zst": zstandard.open}.get(Path(path).suffix, open)
     with opener(root / path, "rb") as lines:
         for line in lines:

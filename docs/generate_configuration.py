@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cbtm.run import RunConfig
+from cbtm.run_config import RunConfig
 
 TARGET = Path(__file__).resolve().parent / "configuration.md"
 
@@ -54,7 +54,8 @@ Some rules span several fields and are checked before any work:
 - `train.sequences_per_step` is a multiple of `cluster.n_clusters`: each expert takes an equal share of the batch.
 - `seed_model` has either `path`, or both `scratch` and `training`.
 - `seed_model.training.context_length` equals `train.context_length`.
-- `evaluate.top_k` lies between 1 and `cluster.n_clusters`.
+- `evaluate.top_k` lies between 1 and `cluster.n_clusters`, or the number of `train.clusters` where these are given.
+- `train.clusters` names clusters from 0 to `cluster.n_clusters` - 1, none twice.
 - `train.random_clusters` needs `assign.random_clusters`.
 - `cluster.n_clusters` is at most `cluster.max_documents` and `cluster.batch_documents`.
 - `cluster.path` and `cluster.assignments` exclude each other.
