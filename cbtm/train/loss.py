@@ -27,6 +27,7 @@ _PROBE_LOGIT = 1000.0
 # Most of what one document's outputs may change by another's beside it, over the change without any mask. Rounding
 # is 1e-6 of it in float32; a recurrent layer, which no mask reaches, is about 1.
 _LEAK = 0.05
+GPU_CHUNK_ROWS = 2048
 CHUNK_ROWS = 256  # 256 rows x 50,000 float32 logits are 51 MB, and fit a last-level cache at 4,000
 
 
@@ -39,40 +40,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low = _compute_dtype(weight)
         head = weight.to(low)
         ignored = None if all_learned else targets == IGNORED  # (N,)
+        learned = None if ignored is None else (~ignored).float()[:, None]  # (N, 1)
         targets = targets if ignored is None else targets.masked_fill(ignored, 0)
+        n_rows, size = hidden.shape[0], _chunk_rows(hidden.device)
+        # One chunk's logits, written over and over: a new tensor of this size is new pages for each chunk.
+        buffer = hidden.new_empty((min(size, n_rows), weight.shape[0]), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
         # In float32 whatever the weight's type: many chunks are added up.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # (V, D)
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = hidden[start : start + CHUNK_ROWS].to(low)  # (n, D)
-            target = targets[start : start + CHUNK_ROWS]  # (n,)
-            logits = (rows @ head.T).float()  # (n, V)
-            log_z = torch.logsumexp(logits, dim=1)  # (n,)
-            losses = log_z - logits.gather(1, target[:, None])[:, 0]  # (n,)
-            at_target: Tensor | float = 1.0
-            if ignored is not None:
-                out = ignored[start : start + CHUNK_ROWS]
-                losses = losses.masked_fill(out, 0.0)
-                log_z = log_z.masked_fill(out, torch.inf)  # exp(logit - inf) is 0, without a pass over the logits
-                at_target = (~out).float()
-            total += losses.sum()
-            probabilities = logits.sub_(log_z[:, None]).exp_()
-            probabilities[torch.arange(len(target), device=target.device), target] -= at_target
-            slope = probabilities.to(low)
-            if low == weight.dtype == hidden.dtype == torch.float32:
-                torch.mm(slope, head, out=grad_hidden[start : start + CHUNK_ROWS])
-                grad_weight.addmm_(slope.T, rows)
+        for start in range(0, n_rows, size):
+            chunk = slice(start, start + size)
+            rows, target = hidden[chunk].to(low), targets[chunk, None]  # (n, D), (n, 1)
+            logits = buffer[: len(rows)]  # (n, V)
+            if low == torch.float32:
+                torch.mm(rows, head.T, out=logits)
             else:
-                grad_hidden[start : start + CHUNK_ROWS] = slope @ head
-                grad_weight += slope.T @ rows
+                logits.copy_(rows @ head.T)
+            at_target = logits.gather(1, target)  # (n, 1)
+            top, place = logits.max(dim=1, keepdim=True)
+            slope = torch.softmax(logits, dim=1, out=logits)
+            # The largest probability is 1 over the sum of exp(logit - top), and never so small that it vanishes.
+            losses = top - slope.gather(1, place).log() - at_target
+            slope.scatter_add_(1, target, torch.full_like(top, -1.0))
+            if learned is not None:
+                losses, rows = losses * learned[chunk], rows * learned[chunk].to(low)
+            total += losses.sum()
+            if low == weight.dtype == hidden.dtype == torch.float32:
+                torch.mm(slope, head, out=grad_hidden[chunk])
+                torch.addmm(grad_weight, slope.T, rows, beta=float(start > 0), out=grad_weight)
+            else:
+                lowered = slope.to(low)
+                grad_hidden[chunk] = lowered @ head
+                grad_weight += lowered.T @ rows
+            if learned is not None:
+                grad_hidden[chunk] *= learned[chunk].to(grad_hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+        # In place: a loss is differentiated once.
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None
+
+
+def _chunk_rows(device: torch.device) -> int:
+    """Rows whose logits are computed at a time.
+
+    On a GPU more of them: each chunk is added into the head's gradient, (V, D), and below D rows that is more memory
+    traffic than the logits themselves.
+    """
+    return CHUNK_ROWS if device.type == "cpu" else GPU_CHUNK_ROWS
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, all_learned: bool = False) -> Tensor:

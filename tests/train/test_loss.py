@@ -80,6 +80,20 @@ def rows(n, width=16, vocab=300, seed=2):
     return hidden, weight, torch.randint(vocab, (n,), generator=generator)
 
 
+def shapes_normalised(monkeypatch):
+    """Shapes of the logits whose sums of exponentials are taken from now on: by the loss, and by the scores."""
+    shapes = []
+    for name in ("softmax", "logsumexp"):
+        original = getattr(torch, name)
+
+        def noted(logits, dim, original=original, **out):
+            shapes.append(tuple(logits.shape))
+            return original(logits, dim, **out)
+
+        monkeypatch.setattr(torch, name, noted)
+    return shapes
+
+
 def test_loss_by_hand():
     # Logits (ln 1, ln 3): probabilities 1/4 and 3/4; the loss is ln 4 + ln(4/3).
     weight = torch.tensor([[0.0], [torch.log(torch.tensor(3.0))]])
@@ -102,9 +116,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(n):
 
 def test_no_piece_of_logits_has_more_rows_than_a_chunk(monkeypatch):
     # What the module is for: at most CHUNK_ROWS x V logits exist at once.
-    shapes = []
-    original = torch.logsumexp
-    monkeypatch.setattr(torch, "logsumexp", lambda x, dim: shapes.append(tuple(x.shape)) or original(x, dim))
+    shapes = shapes_normalised(monkeypatch)
     hidden, weight, targets = rows(2 * CHUNK_ROWS + 37)
     linear_cross_entropy(hidden, weight, targets)
     assert shapes == [(CHUNK_ROWS, 300), (CHUNK_ROWS, 300), (37, 300)]
@@ -295,9 +307,7 @@ def test_ignored_targets_add_nothing_to_the_loss_of_a_model(name, counted):
 
 
 def test_rows_that_are_not_learned_do_not_go_through_the_head(monkeypatch):
-    shapes = []
-    original = torch.logsumexp
-    monkeypatch.setattr(torch, "logsumexp", lambda x, dim: shapes.append(tuple(x.shape)) or original(x, dim))
+    shapes = shapes_normalised(monkeypatch)
     causal = CausalLoss(build("OPT"))
     inputs, targets = blocks(batch=4)  # 36 rows
     targets = targets.clone()
