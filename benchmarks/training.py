@@ -184,7 +184,7 @@ def goals_of(case: Case, own: Mapping[str, Any], other: Mapping[str, Any], *, sm
         return
     pairs = list(zip(own["losses"], other["losses"], strict=True))
     apart = max(abs(a - b) / b for a, b in pairs)
-    tolerance = 1e-5 if case.precision == "float32" else 1e-2
+    tolerance = 1e-4 if case.precision == "float32" else 1e-2  # rounding, which grows with the steps
     goal(f"{case.name}, equal losses to {tolerance:g} in all of {len(pairs)} steps", apart <= tolerance, f"{apart:.1e}")
     if small:
         return

@@ -201,7 +201,7 @@ class TrainConfig(OptimizationConfig):
             ConfigError: If its tokens are worth less than one step.
         """
         total, budget = sum(tokens), self.steps * len(tokens)
-        ends = [round(budget * sum(tokens[:end]) / total) for end in (cluster, cluster + 1)]
+        ends = [budget * sum(tokens[:end]) // total for end in (cluster, cluster + 1)]
         steps = ends[1] - ends[0]
         if steps < 1:
             raise ConfigError(

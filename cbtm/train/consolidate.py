@@ -50,7 +50,8 @@ def consolidate(uri: str, folder: Path) -> dict[str, Any]:
         plain = Path(scratch, "model")
         plain.mkdir()
         save_file(weights, plain / WEIGHTS, metadata={"format": "pt"})
-        shutil.copyfile(found / "config.json", plain / "config.json")
+        for path in found.glob("*config.json"):  # of the model, of its generation
+            shutil.copyfile(path, plain / path.name)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(load_model(plain), folder)
         for name in TOKENIZER_FILES:

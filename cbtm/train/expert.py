@@ -135,8 +135,10 @@ def _identity(job: TrainJob) -> dict[str, Any]:
 
 def _describe(job: TrainJob, model: "nn.Module", folder: Path) -> None:
     """Put beside a checkpoint's tensors what makes them a model: its configuration, its tokenizer, what it is."""
-    config: Any = model.config
-    config.save_pretrained(folder)
+    whole: Any = model
+    whole.config.save_pretrained(folder)
+    if whole.can_generate():
+        whole.generation_config.save_pretrained(folder)
     _save_tokenizer(job, folder)
     (folder / EXPERT_FILE).write_text(json.dumps(_identity(job), indent=1) + "\n", encoding="utf-8")
 

@@ -347,6 +347,7 @@ class _Loop:
         loss = losses.get("own", losses.get("all"))
         if loss is None:
             raise DataError("the validation documents are prompts alone; use others, or leave validate_every out")
+        self._check_finite("validation loss", loss)
         if not loss < self.best.get("loss", math.inf):
             self.best["validations_since"] = self.best.get("validations_since", 0) + 1
             return

@@ -135,8 +135,8 @@ def test_steps_in_proportion_to_tokens_by_hand():
     # 3 experts x 10 steps for 60 tokens are half a step a token.
     config = TrainConfig.parse({**TRAINING, "steps_by": "tokens"})
     assert [config.in_proportion([10, 20, 30], cluster).steps for cluster in range(3)] == [5, 10, 15]
-    # For 7 tokens 30/7 = 4.29 each: ends at 4.29, 12.86 and 30 are rounded, so that nothing is lost.
-    assert [config.in_proportion([1, 2, 4], cluster).steps for cluster in range(3)] == [4, 9, 17]
+    # For 7 tokens 30/7 = 4.29 each: ends at 4.29, 12.86 and 30 are cut down to whole steps, so that nothing is lost.
+    assert [config.in_proportion([1, 2, 4], cluster).steps for cluster in range(3)] == [4, 8, 18]
 
 
 @settings(max_examples=200, deadline=None)
