@@ -333,6 +333,6 @@ def _disk_full_as_storage_error(folder: Path) -> Iterator[None]:
 
 def _disk_full(folder: Path) -> StorageError:
     return StorageError(
-        f"no space left on the disk that holds {folder} for a checkpoint; free some (with an S3 root point CBTM_SCRATCH "
-        "elsewhere) and run again: the training goes on from its last checkpoint"
+        f"no space left on the disk that holds {folder} for a checkpoint; free some (with an S3 root point "
+        "CBTM_SCRATCH elsewhere) and run again: the training goes on from its last checkpoint"
     )
