@@ -546,9 +546,10 @@ def test_ctrl_c_ends_the_wait(s3_settings: pytest.MonkeyPatch, tmp_path: Path, a
     for name in "ab":
         (tmp_path / name).write_bytes(b"x")
     script = f"""
-import logging, sys
+import logging, signal, sys
 from pathlib import Path
 from cbtm import storage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it, and so its children
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 here, uri = sys.argv[1], "s3://bucket/key"
 storage.be_patient(300)
