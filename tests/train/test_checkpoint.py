@@ -373,7 +373,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-FULL = r"no space left on the disk that holds {}/saving-00000002-1 for a checkpoint; free some, .* from its last checkp"
+FULL = r"no space left on the disk that holds {}/saving-00000002-1 for a checkpoint; free some .* from its last checkp"
 
 
 def test_disk_too_small_for_the_tensors_is_an_error_with_the_remedy(tmp_path, small_disk):
