@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cbtm import stages, storage
+from cbtm.config import digest_of
 from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
 from cbtm.process import end_with_parent
 from cbtm.progress import PREFIX
@@ -33,7 +34,7 @@ from cbtm.run import Run
 from cbtm.stages.tracked import finish_parent
 from cbtm.tracking import RunStatus
 from cbtm.train.launch import STOP_SECONDS
-from cbtm.train.slots import default_folder, tasks_at_once
+from cbtm.train.slots import default_folder, tasks_at_once, visible_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def run_pipeline(run: Run) -> None:
 
 def _share_of_devices(run: Run) -> dict[str, str]:
     """How many tasks run at once, and where they agree on who has which device (`cbtm.train.slots`)."""
-    train = run.config.train
+    train, folder = run.config.train, default_folder()
     tasks = os.environ.get("CBTM_TASKS") or str(
         tasks_at_once(train.devices, threads=train.threads, device=train.device)
     )
@@ -109,7 +110,11 @@ def _share_of_devices(run: Run) -> dict[str, str]:
         raise ConfigError(f"CBTM_TASKS={tasks!r}: expected the number of tasks that run at once, 1 or more")
     return {
         "CBTM_TASKS": tasks,
-        "CBTM_SLOTS": os.environ.get("CBTM_SLOTS", str(default_folder())),
+        # GPUs are taken in turns by all runs of a user, cores by the tasks of one run: a small run is not to wait for
+        # the hours of another, and the system shares cores between them.
+        "CBTM_SLOTS": os.environ.get(
+            "CBTM_SLOTS", str(folder if visible_gpus() else folder / digest_of([os.getcwd(), run.config.root])[:16])
+        ),
         # Or else a task that asks whether there are GPUs can no longer be given one of them.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }

@@ -56,9 +56,21 @@ def run(tmp_path, monkeypatch):
     return Run(parse_config(json.dumps(settings(str(tmp_path), str(tmp_path / "run"), None))))
 
 
-def test_tasks_agree_on_devices_in_one_folder_of_this_user(run, monkeypatch):
+def test_runs_share_gpus_and_each_has_its_own_turns_at_cores(run, tmp_path, monkeypatch):
+    def folder(of: Run) -> Path:
+        return Path(local._share_of_devices(of)["CBTM_SLOTS"])
+
+    other = Run(run.config.model_copy(update={"root": str(tmp_path / "other")}))
+    assert folder(run) != folder(other)
+    assert folder(run).parent == folder(other).parent
+    assert folder(run).parent.name == f"cbtm-slots-{os.getuid()}"
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1"])
+    assert folder(run) == folder(other)
+    assert folder(run).name == f"cbtm-slots-{os.getuid()}"
+
+
+def test_turns_and_tasks_can_be_set(run, monkeypatch):
     share = local._share_of_devices(run)
-    assert Path(share["CBTM_SLOTS"]).name == f"cbtm-slots-{os.getuid()}"
     assert int(share["CBTM_TASKS"]) >= 2
     monkeypatch.setenv("CBTM_SLOTS", "")  # no turns
     monkeypatch.setenv("CBTM_TASKS", "5")
