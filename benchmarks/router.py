@@ -1,40 +1,51 @@
-"""Prefix routing against scikit-learn, which vectorises every prefix anew.
+"""Prefix routing against scikit-learn, which vectorises every prefix anew; and a text that is still being written.
 
-    python benchmarks/router.py [--repeats 3] [--documents 800]
+    python benchmarks/router.py [--corpus FOLDER --labels FOLDER] [--prose DOMAIN,…] [--code DOMAIN,…] [--repeats 3]
 
-Text: docstrings of the installed numpy, scipy and scikit-learn, joined until a document is long enough. Tokens: pieces
-of at most five letters or four other signs with the space before them, or runs of white space; the table tells how
-many characters they make. Both sides get the same clusterer (tf-idf without stop words and numbers, SVD to 100
-dimensions, k-means) and the same prefixes as character offsets; decoding tokens to text is counted for neither.
-They take turns within one run; the table has the median of each and the largest difference between the distances.
+Text: prose and code, of the named domains where a corpus has labels; without labels the corpus as it is; without a
+corpus docstrings and source of the installed numpy, scipy and scikit-learn. Texts are joined until a document is long
+enough. Tokens: pieces of at most five letters or four other signs with the space before them, or runs of white space;
+the table tells how many characters they make. All get the same clusterer (tf-idf without stop words and numbers, SVD to
+100 dimensions, k-means) and the same prefixes as character offsets; decoding tokens to text is counted for none. The
+stream gets the text of one token after the other and is asked for distances before each. They take turns within one
+process; the table has the median of each and the largest difference of either from scikit-learn's distances. Of the
+many short documents scikit-learn gets the first few, and its time is told per position.
+--small runs the same code on little text; its figures mean nothing.
 """
 
 import argparse
 import ast
 import importlib.util
-import os
-import platform
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import sklearn
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits
 
 from cbtm.merge.router import PrefixRouter
+
+if TYPE_CHECKING:
+    from corpora import Text
 
 DIMENSIONS = 100
 CLUSTERS = 8
 TOKEN = re.compile(r" ?[^\W_]{1,5}| ?[^\w\s]{1,4}|_|\s+")
+PROSE, CODE = "prose", "code"
+GOALS = {PROSE: 100, CODE: 30}  # times scikit-learn, at the longest document
+Document = tuple[str, NDArray[np.int64]]  # and the character at which each of its tokens starts
 
 
 class NumberDeletingVectorizer(TfidfVectorizer):
@@ -45,11 +56,16 @@ class NumberDeletingVectorizer(TfidfVectorizer):
         return lambda text: [word for word in tokenize(text) if not word[0].isdigit()]
 
 
-def docstrings(package: str) -> Iterator[str]:
+def sources(package: str) -> Iterator[Path]:
+    """Python files of an installed package."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"the benchmark takes its text from the package {package}, which is not installed")
-    for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+    yield from sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+
+
+def docstrings(package: str) -> Iterator[str]:
+    for path in sources(package):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes in other people's sources
             tree = ast.parse(path.read_bytes())
@@ -60,24 +76,94 @@ def docstrings(package: str) -> Iterator[str]:
                     yield text
 
 
-def documents_of(texts: list[str], n_tokens: int, count: int) -> list[tuple[str, NDArray[np.int64]]]:
-    """`count` documents of `n_tokens` tokens with the offset at which each token starts; texts are used in turn."""
-    documents: list[tuple[str, NDArray[np.int64]]] = []
-    parts: list[str] = []
-    size = 0
-    while len(documents) < count:
-        for text in texts:
-            parts.append(text)
-            size += len(text)
-            if size < 6 * n_tokens:
-                continue
-            document = "\n\n".join(parts)
-            starts = [match.start() for match in TOKEN.finditer(document)][:n_tokens]
-            documents.append((document, np.array(starts)))
-            parts, size = [], 0
+@dataclass(frozen=True)
+class Fitted:
+    """One clusterer, for scikit-learn and for the router."""
+
+    vectorizer: NumberDeletingVectorizer
+    svd: TruncatedSVD
+    kmeans: KMeans
+    router: PrefixRouter
+
+    @classmethod
+    def on(cls, texts: Sequence[str]) -> "Fitted":
+        vectorizer = NumberDeletingVectorizer(stop_words="english").fit(texts)
+        vectors = vectorizer.transform(texts)
+        svd = TruncatedSVD(DIMENSIONS, random_state=0).fit(vectors)
+        kmeans = KMeans(CLUSTERS, n_init=1, random_state=0).fit(normalize(svd.transform(vectors)))
+        word_vectors = (vectorizer.idf_[:, np.newaxis] * svd.components_.T).astype(np.float32)
+        return cls(vectorizer, svd, kmeans, PrefixRouter(vectorizer.vocabulary_, word_vectors, kmeans.cluster_centers_))
+
+    def vectorised(self, text: str, starts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Distances (t, k), every prefix vectorised anew."""
+        vectors = self.vectorizer.transform([text[:start] for start in starts])
+        distances: NDArray[np.float64] = euclidean_distances(
+            normalize(self.svd.transform(vectors)), self.kmeans.cluster_centers_
+        )
+        return distances
+
+    def routed(self, text: str, starts: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.router.distances(text, starts)
+
+    def streamed(self, text: str, starts: NDArray[np.int64]) -> NDArray[np.float32]:
+        stream = self.router.stream()
+        found = [stream.distances()]
+        for begin, end in pairwise(starts.tolist()):
+            stream.push(text[begin:end])
+            found.append(stream.distances())
+        return np.stack(found)
+
+
+def documents_of(texts: Iterable[str], n_tokens: int, count: int) -> list[Document]:
+    """`count` documents of `n_tokens` tokens; texts are used in turn."""
+    documents: list[Document] = []
+    document = ""
+    for text in cycle(texts):
+        document += text + "\n\n"
+        if len(document) < 3 * n_tokens:
+            continue  # most tokens are longer
+        starts = [match.start() for match in TOKEN.finditer(document)]
+        if len(starts) >= n_tokens:
+            documents.append((document, np.array(starts[:n_tokens])))
+            document = ""
             if len(documents) == count:
                 break
+    if len(documents) < count:
+        raise SystemExit("there is no text of this kind to make documents of")
     return documents
+
+
+def kinds_of_text(text: "Text", domains: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Texts of each kind: those of its domains, or what there is without labels."""
+    import corpora
+
+    if text.root is None:
+        paths = chain.from_iterable(map(sources, corpora.PACKAGES))
+        code = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+        return {PROSE: list(text.texts()), CODE: [source for source in code if len(source) > 200][: text.limit]}
+    if text.labels_root is None:
+        return {"text": list(text.texts())}
+    found: dict[str, list[str]] = {kind: [] for kind in domains}
+    for document, domain in zip(text.texts(), domain_names(text), strict=True):
+        for kind, chosen in domains.items():
+            if domain in chosen:
+                found[kind].append(document)
+    for kind, documents in found.items():
+        if not documents:
+            raise SystemExit(
+                f"no document has a label of --{kind} {','.join(domains[kind])}; "
+                f"the labels are {', '.join(sorted(set(domain_names(text))))}"
+            )
+    return found
+
+
+def domain_names(text: "Text") -> list[str]:
+    """Label of every document of `texts`, in its order; "" where it has none."""
+    import corpora
+
+    labels = chain.from_iterable(corpora._domains(Path(text.labels_root or ""), path) for path in text.files())
+    domains = dict(labels)
+    return [domains.get(corpora._plain(document.sp_id), "") for document in islice(text._documents(), text.limit)]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -86,52 +172,95 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
+def in_turns(contenders: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each."""
+    times = [[seconds(contender) for contender in contenders] for _ in range(repeats)]
+    return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
+
+
+def compare(fitted: Fitted, kind: str, document: Document, repeats: int) -> float:
+    """One row of the table; how many times faster the router is."""
+    import corpora
+
+    starts = document[1]
+    expected = fitted.vectorised(*document)  # the first run of each is not timed
+    apart = max(np.abs(found(*document) - expected).max() for found in (fitted.routed, fitted.streamed))
+    contenders = [lambda: fitted.vectorised(*document), lambda: fitted.routed(*document)]
+    peer, ours, stream = in_turns([*contenders, lambda: fitted.streamed(*document)], repeats)
+    corpora.row(kind, len(starts), starts[-1], f"{peer:.3f}", f"{ours * 1e3:.2f}", f"{peer / ours:.0f}",
+                f"{stream * 1e3:.2f}", f"{stream / len(starts) * 1e6:.1f}", f"{apart:.1e}")  # fmt: skip
+    return peer / ours
+
+
+def compare_many(fitted: Fitted, documents: Sequence[Document], peer_documents: int, repeats: int) -> float:
+    """Many short documents; seconds of the router for all of them."""
+    import corpora
+
+    few = documents[:peer_documents]
+    work = [
+        (fitted.vectorised, few, "scikit-learn"),
+        (fitted.routed, documents, "router"),
+        (fitted.streamed, few, "stream"),
+    ]
+    times = in_turns([lambda f=f, of=of: [f(*document) for document in of] for f, of, _ in work], repeats)
+    corpora.header("", "documents", "positions", "s", "positions/s")
+    for (_, of, name), took in zip(work, times, strict=True):
+        positions = sum(len(starts) for _, starts in of)
+        corpora.row(name, len(of), positions, f"{took:.2f}", f"{positions / took:,.0f}")
+    return times[1]
+
+
+def parse() -> argparse.Namespace:
+    from corpora import add_text_arguments  # which takes `docstrings` from here
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=800)
-    args = parser.parse_args()
+    parser.add_argument("--small", action="store_true", help="little text, short documents")
+    parser.add_argument("--prose", default="novels", metavar="DOMAIN,…", help="labels that are prose")
+    parser.add_argument("--code", default="python_code", metavar="DOMAIN,…", help="labels that are code")
+    parser.add_argument("--lengths", default="256,512,1024,2048", metavar="N,…", help="tokens of a document")
+    parser.add_argument("--routed-documents", type=int, default=800, metavar="N", help="of 255 tokens")
+    parser.add_argument("--peer-documents", type=int, default=40, metavar="N", help="of them for scikit-learn")
+    add_text_arguments(parser)
+    return parser.parse_args()
 
-    texts = [text for package in ("numpy", "scipy", "sklearn") for text in docstrings(package)]
-    np.random.default_rng(0).shuffle(texts)
-    vectorizer = NumberDeletingVectorizer(stop_words="english").fit(texts)
-    vectors = vectorizer.transform(texts)
-    svd = TruncatedSVD(DIMENSIONS, random_state=0).fit(vectors)
-    kmeans = KMeans(CLUSTERS, n_init=1, random_state=0).fit(normalize(svd.transform(vectors)))
-    word_vectors = (vectorizer.idf_[:, np.newaxis] * svd.components_.T).astype(np.float32)
-    router = PrefixRouter(vectorizer.vocabulary_, word_vectors, kmeans.cluster_centers_)
 
-    def vectorise_every_prefix(text: str, starts: NDArray[np.int64]) -> NDArray[np.float64]:
-        embeddings = normalize(svd.transform(vectorizer.transform([text[:start] for start in starts])))
-        distances: NDArray[np.float64] = euclidean_distances(embeddings, kmeans.cluster_centers_)
-        return distances
+def main() -> None:
+    from corpora import goal, hardware, header, limit_threads, text_of
 
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-        f"numpy {np.__version__}, scikit-learn {sklearn.__version__}; {len(texts)} docstrings, "
-        f"vocabulary {len(vectorizer.vocabulary_)}, d={DIMENSIONS}, k={CLUSTERS}, median of {args.repeats}\n"
-    )
-    print("| tokens | characters | scikit-learn s | router ms | ratio | largest difference |")
-    print("|--|--|--|--|--|--|")
-    for n_tokens in (256, 512, 1024, 2048):
-        ((text, starts),) = documents_of(texts, n_tokens, count=1)
-        difference = np.abs(vectorise_every_prefix(text, starts) - router.distances(text, starts)).max()
-        peer, ours = [], []
-        for _ in range(args.repeats):
-            peer.append(seconds(lambda: vectorise_every_prefix(text, starts)))  # noqa: B023 - called at once
-            ours.append(seconds(lambda: router.distances(text, starts)))  # noqa: B023
-        peer_s, ours_s = statistics.median(peer), statistics.median(ours)
+    args = parse()
+    if args.small:
+        args.documents, args.lengths, args.repeats = args.documents or 800, "64,128", 1
+        args.routed_documents, args.peer_documents = 20, 2
+    threads = limit_threads(args.threads)
+    text = text_of(args)
+    texts = list(text.texts())
+    kinds = kinds_of_text(text, {PROSE: args.prose.split(","), CODE: args.code.split(",")})
+    lengths = [int(length) for length in args.lengths.split(",")]
+    with threadpool_limits(args.threads or None):
+        fitted = Fitted.on(texts)
         print(
-            f"| {len(starts)} | {starts[-1]} | {peer_s:.3f} | {ours_s * 1e3:.2f} "
-            f"| {peer_s / ours_s:.0f} | {difference:.1e} |"
+            f"{hardware('numpy', 'scikit-learn')}; {threads}; {len(texts)} documents of {text}, vocabulary "
+            f"{len(fitted.vectorizer.vocabulary_)}, d={DIMENSIONS}, k={CLUSTERS}; median of {args.repeats}\n"
         )
-
-    documents = documents_of(texts, 255, args.documents)
-    total = statistics.median(
-        seconds(lambda: [router.distances(text, starts) for text, starts in documents]) for _ in range(args.repeats)
-    )
-    positions = sum(len(starts) for _, starts in documents)
-    print(f"\n{len(documents)} documents, {positions} positions: {total:.2f} s, {positions / total:,.0f} positions/s")
+        if args.small:
+            print("little text, figures mean nothing\n")
+        header("text", "tokens", "characters", "scikit-learn s", "router ms", "ratio", "stream ms",
+               "stream µs/token", "largest difference")  # fmt: skip
+        ratios = {
+            (kind, length): compare(fitted, kind, documents_of(of_kind, length, count=1)[0], args.repeats)
+            for kind, of_kind in kinds.items()
+            for length in lengths
+        }
+        print()
+        many = documents_of(texts, 255, args.routed_documents)
+        routed_s = compare_many(fitted, many, args.peer_documents, args.repeats)
+    print()
+    if args.small:
+        return
+    for kind in kinds:
+        wanted, ratio = GOALS.get(kind, GOALS[PROSE]), ratios[kind, lengths[-1]]
+        goal(f"{kind}, {lengths[-1]} tokens: >= {wanted}x scikit-learn", ratio >= wanted, f"{ratio:.0f}x")
+    goal(f"{len(many)} documents x 255 positions < 1 s", routed_s < 1, f"{routed_s:.2f} s")
 
 
 if __name__ == "__main__":

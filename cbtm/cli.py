@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cbtm import __version__, storage
+from cbtm.cli_corpus import corpus_app, say
 from cbtm.errors import CbtmError, ConfigError
 from cbtm.process import log_to_stderr, s3_patience
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from cbtm.run import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-corpus_app = typer.Typer(no_args_is_help=True, help="Text to run on: a sample, your own, or a public one.")
 tracking_app = typer.Typer(no_args_is_help=True, help="The journal behind the tracking server.")
 app.add_typer(corpus_app, name="corpus")
 app.add_typer(tracking_app, name="tracking")
@@ -23,7 +23,6 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML fil
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; may be repeated.")
 ]
-ReplaceOption = Annotated[bool, typer.Option("--replace", help="Write anew where another corpus lies.")]
 
 
 def main() -> None:
@@ -76,7 +75,7 @@ def demo(
     from cbtm.run import REPORT_FILE, Run
     from cbtm.run_config import demo_config
 
-    found = demo_corpus(corpus, root.parent / "corpora", progress=_say)
+    found = demo_corpus(corpus, root.parent / "corpora", progress=say)
     this = Run(demo_config(str(root), str(found.root), found.train_split, found.validation_split, override or []))
     local.run_pipeline(this)
     typer.echo(format_table(headline_rows(this.result())))
@@ -148,7 +147,7 @@ def suggest_k(
     from cbtm.run_config import load_config
     from cbtm.stages.explore import suggest_k
 
-    candidates = suggest_k(load_config(config, override), _numbers(k), repeats=repeats)
+    candidates = suggest_k(load_config(config, override), _numbers(k, "--k"), repeats=repeats)
     suggested = suggest(candidates)
     typer.echo(format_candidates(candidates, suggested))
     if output is not None:
@@ -226,7 +225,7 @@ def train(
         typer.Option(help="seed, dense, cluster-00000 … or random-00000 …; default all of them."),
     ] = None,
 ) -> None:
-    """Train the seed model, experts and baselines."""
+    """Train the seed model, experts and baselines; with --member average-… make an average of the experts."""
     from cbtm import stages
     from cbtm.train.member import Member
 
@@ -260,19 +259,83 @@ def score(
 
     asked = [Member.parse(name) for name in member or []]
     this = _planned_run(config, override)
-    for each in asked or [Member("seed"), *this.config.members]:
+    for each in asked or this.scored_members:
         stages.score(this, each)
 
 
 @app.command()
+def average(config: ConfigArgument, override: SetOption = None) -> None:
+    """Average the experts' parameters into one model, in every way that is configured, and score it."""
+    from cbtm import stages
+
+    this = _planned_run(config, override)
+    stages.average(this)
+
+
+@app.command()
 def evaluate(config: ConfigArgument, override: SetOption = None) -> None:
-    """Compare every ensemble; write result.json and report.html."""
+    """Compare every ensemble; write result.json, settings.csv and report.html."""
     from cbtm import stages
     from cbtm.merge.report import format_table, headline_rows
 
     this = _planned_run(config, override)
     stages.evaluate(this)
     typer.echo(format_table(headline_rows(this.result())))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; may be empty.")],
+    root: Annotated[str, typer.Option(help="Folder or s3:// prefix of a run whose experts are trained.")] = "runs/demo",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens; default the most probable ones.")] = False,
+    sampling_temperature: Annotated[float, typer.Option(help="With --sample: of the mixture's probabilities.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="With --sample: from the most probable tokens that reach this.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --sample: of the draws.")] = 0,
+    top_k: Annotated[int | None, typer.Option(help="Experts that run at a token; default all.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the routing; default what the run's evaluation chose, or 0.1.")
+    ] = None,
+    distance_power: Annotated[float | None, typer.Option(help="Of the routing; default likewise, or 2.")] = None,
+    refresh: Annotated[str, typer.Option(help="Tokens between two estimates of the weights, or once.")] = "1",
+    experts: Annotated[str | None, typer.Option(help="Clusters whose experts are mixed, as 0,2; default all.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which expert carried which token.")] = False,
+) -> None:
+    """Continue a text with the experts of a run, mixed at every token."""
+    import tempfile
+
+    from cbtm.merge.explain import format_explanation
+    from cbtm.merge.text_generation import generate_text
+    from cbtm.run import Run
+    from cbtm.run_config import recorded_config
+    from cbtm.stages.generate import domain_terms, open_mixture
+
+    this = Run(recorded_config(root))
+    with tempfile.TemporaryDirectory(prefix="cbtm-generate-") as scratch:
+        mixture = open_mixture(
+            this,
+            Path(scratch),
+            top_k=top_k,
+            temperature=temperature,
+            distance_power=distance_power,
+            refresh="once" if refresh == "once" else _numbers(refresh, "--refresh")[0],
+            experts=None if experts is None else _numbers(experts, "--experts"),
+        )
+        made = generate_text(
+            mixture,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sample=sample,
+            sampling_temperature=sampling_temperature,
+            top_p=top_p,
+            random_state=seed,
+            on_text=None if explain else lambda text: typer.echo(text, nl=False),
+        )
+        typer.echo()
+        if explain:
+            explained = mixture.explain(made.prompt_tokens, made.tokens)
+            terms = domain_terms(this, Path(scratch))
+            typer.echo(format_explanation(explained, colour=sys.stdout.isatty(), top_terms=terms))
 
 
 @app.command(name="config")
@@ -283,46 +346,6 @@ def show_config(config: ConfigArgument, override: SetOption = None) -> None:
     from cbtm.run_config import load_config
 
     typer.echo(yaml.safe_dump(load_config(config, override).model_dump(mode="json"), sort_keys=False))
-
-
-@corpus_app.command("sample")
-def corpus_sample(
-    root: Annotated[Path, typer.Argument(help="Folder to write.")], replace: ReplaceOption = False
-) -> None:
-    """Gather real text of several kinds from the installed packages, without any download."""
-    from cbtm.corpora.sample import gather_sample
-
-    summary = gather_sample(root, replace=replace, progress=_say)
-    typer.echo(f"{summary.root} train={summary.n_train} valid={summary.n_valid} bytes={summary.n_bytes}")
-
-
-@corpus_app.command("import")
-def corpus_import(
-    source: Annotated[Path, typer.Argument(help="Folder of text files, or of JSON lines.")],
-    root: Annotated[Path, typer.Argument(help="Folder to write.")],
-    replace: ReplaceOption = False,
-) -> None:
-    """Turn a folder of text into a corpus with a held-out validation split."""
-    from cbtm.corpora.folder import import_folder
-
-    summary = import_folder(source, root, replace=replace, progress=_say)
-    typer.echo(f"{summary.root} train={summary.n_train} valid={summary.n_valid} bytes={summary.n_bytes}")
-
-
-@corpus_app.command("download")
-def corpus_download(
-    name: Annotated[str, typer.Argument(help="c4-example: the public C4 sample of the reference code.")],
-    root: Annotated[Path, typer.Argument(help="Folder to write.")],
-    base_url: Annotated[str | None, typer.Option(help="Mirror to download from.")] = None,
-    sha256: Annotated[str | None, typer.Option(help="Digest that the archive must have.")] = None,
-) -> None:
-    """Download a public corpus; an interrupted download goes on where it stopped."""
-    from cbtm.corpora.download import BASE_URL, download_c4_example
-
-    if name != "c4-example":
-        raise ConfigError(f"unknown corpus {name!r}; known is c4-example")
-    made = download_c4_example(root, base_url=base_url or BASE_URL, expected_sha256=sha256, progress=_say)
-    typer.echo(f"{made.root} sha256={made.sha256} bytes={made.n_bytes} validation_split={made.validation_split}")
 
 
 @tracking_app.command("replay")
@@ -338,11 +361,11 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     raise typer.Exit(0 if report.records_left == 0 else 1)
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--k {text} is no list of numbers; write it as 2,4,8") from None
+        raise ConfigError(f"{option} {text} is no list of numbers; write it as 2,4,8") from None
 
 
 def _planned_run(config: Path, override: list[str] | None) -> "Run":
@@ -358,8 +381,3 @@ def _run(config: Path, override: list[str] | None) -> "Run":
     from cbtm.run_config import load_config
 
     return Run(load_config(config, override))
-
-
-def _say(message: str) -> None:
-    if sys.stderr.isatty():
-        typer.echo(message, err=True)

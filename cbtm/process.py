@@ -33,7 +33,7 @@ def log_to_stderr() -> None:
     handler.setFormatter(_LineFormatter("%(message)s"))
     # force: kfp's executor has set up a handler of its own, whose prefix would hide what a line says.
     logging.basicConfig(level=os.environ.get("CBTM_LOG_LEVEL", "INFO"), handlers=[handler], force=True)
-    for name in ("botocore", "mlflow", "alembic"):
+    for name in ("botocore", "mlflow", "alembic", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

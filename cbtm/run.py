@@ -19,11 +19,12 @@ from cbtm.branch.source import folder_digest, is_hub_name, pinned, source_digest
 from cbtm.cluster.assigner import LEARNED, RANDOM, token_shard
 from cbtm.cluster.clusterer import DECIDING_FILES
 from cbtm.cluster.fixed import FixedAssignments
-from cbtm.cluster.labels import labels_digest
+from cbtm.cluster.labels import has_labels, labels_digest
 from cbtm.config import digest_of
 from cbtm.corpus import Document, ReadCounts, read_files
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec
+from cbtm.merge.tasks import task_digest
 from cbtm.plan import Part, Plan, make_plan
 from cbtm.run_config import RunConfig, parse_config
 from cbtm.tokens import TokenDocuments
@@ -31,7 +32,7 @@ from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import Shards
 from cbtm.train.member import Member
 
-RESULT_FILE, REPORT_FILE = "result.json", "report.html"
+RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
 SOURCES_FILE = "sources.json"
 
 
@@ -57,8 +58,10 @@ class Run:
         return storage.join(self.config.root, *parts)
 
     def member_root(self, member: Member) -> str:
-        """Folder of a trained model."""
-        return self.uri("seed") if member.kind == "seed" else self.uri("experts", member.name)
+        """Folder of a model."""
+        if member.kind == "seed":
+            return self.uri("seed")
+        return self.uri("averages" if member.kind == "average" else "experts", member.name)
 
     @property
     def key(self) -> str:
@@ -169,12 +172,37 @@ class Run:
                 return StageSpec("seed", self.uri("seed"), seed.digest(), inputs)
             inputs = self._assigned("train")
             return StageSpec("seed", self.uri("seed"), self._scratch_digest(), inputs)
+        if member.kind == "average":
+            return self._average_spec(member)
         settings = self.optimization(member)
         digest = digest_of([member.name, settings.result_digest(), self.share(member), self.cluster_tokens(member)])
         inputs = {**self._assigned("train"), "seed": self.load(self.train_spec(Member("seed"))).digest}
         if settings.patience is not None:
             inputs |= self._assigned("validation")
         return StageSpec("train", self.member_root(member), digest, inputs)
+
+    def _average_spec(self, member: Member) -> StageSpec:
+        config = self.config
+        inputs = {expert.name: self.load(self.train_spec(expert)).digest for expert in self.experts}
+        settings: list[object] = [member.name]
+        if member.recipe == "weighted":
+            inputs |= self._routing_inputs()
+            settings += [config.average.weighting_digest(), config.routing.digest(), self._scored_documents()]
+        if member.recipe == "greedy":
+            inputs |= {f"scores/{one.name}": self.load(self.score_spec(one)).digest for one in self.experts}
+        return StageSpec("average", self.member_root(member), digest_of(settings), inputs)
+
+    def _routing_inputs(self) -> dict[str, str]:
+        """What the distances of the validation tokens depend on."""
+        return {
+            **self._assigned("validation"),
+            "clusterer": self.clusterer_digest,
+            "tokenizer": self.load(self.tokenizer_spec()).digest,
+        }
+
+    def _scored_documents(self) -> dict[str, Any]:
+        """The settings that say which tokens are scored."""
+        return self.config.score.model_dump(mode="json", include={"separator", "max_tokens", "max_documents"})
 
     def _scratch_digest(self) -> str:
         seed = self.config.seed_model
@@ -184,18 +212,64 @@ class Run:
 
     def score_spec(self, member: Member) -> StageSpec:
         """Identity of one member's scores."""
-        digest = digest_of([self.config.score.digest(), self.config.train.context_length])
+        config = self.config
+        settings: list[object] = [config.score.result_digest(), config.train.context_length]
         inputs = {**self._assigned("validation"), "model": self.load(self.train_spec(member)).digest}
-        return StageSpec("score", self.uri("scores", member.name), digest, inputs)
+        if self.scored_sparsely(member):
+            inputs |= self._routing_inputs()
+            settings += [config.score.top_k, config.routing.digest(), config.trained_clusters]
+        return StageSpec("score", self.uri("scores", member.name), digest_of(settings), inputs)
+
+    def scored_sparsely(self, member: Member) -> bool:
+        """Whether a member is scored only where it is among the nearest experts."""
+        return self.config.score.top_k is not None and member.kind == "expert"
+
+    def tasks_spec(self, member: Member) -> StageSpec:
+        """Identity of one member's answers to the few-shot tasks."""
+        config = self.config
+        inputs = {
+            "model": self.load(self.train_spec(member)).digest,
+            "tokenizer": self.load(self.tokenizer_spec()).digest,
+            **{f"tasks/{name}": digest for name, digest in self.task_digests.items()},
+        }
+        settings = digest_of([config.score.max_batch_tokens, config.train.context_length])
+        return StageSpec("tasks", self.uri("tasks", member.name), settings, inputs)
+
+    @cached_property
+    def task_digests(self) -> dict[str, str]:
+        """Identity of each few-shot task: its settings and the content of its files."""
+        return {task.name: task_digest(task) for task in self.config.tasks}
 
     def evaluate_spec(self) -> StageSpec:
         """Identity of the result."""
-        inputs = {
-            f"scores/{member.name}": self.load(self.score_spec(member)).digest
-            for member in (Member("seed"), *self.config.members)
-        }
+        config = self.config
+        inputs: dict[str, str] = {}
+        for member in self.scored_members:
+            inputs[f"scores/{member.name}"] = self.load(self.score_spec(member)).digest
+            if config.tasks:
+                inputs[f"tasks/{member.name}"] = self.load(self.tasks_spec(member)).digest
         inputs |= {"clusterer": self.load(self.cluster_spec()).digest, **self._assigned("validation")}
-        return StageSpec("evaluate", self.config.root, self.config.evaluate.digest(), inputs)
+        if (labels := self.validation_labels) is not None:
+            inputs["labels"] = labels_digest(labels, self.paths("validation"))
+        evaluation = config.evaluate.model_dump(mode="json", exclude={"threads"})
+        settings = digest_of([evaluation, config.routing.digest(), self._scored_documents(), config.preset])
+        return StageSpec("evaluate", config.root, settings, inputs)
+
+    @property
+    def experts(self) -> list[Member]:
+        """The experts, in the order of their clusters."""
+        return [Member("expert", cluster) for cluster in self.config.trained_clusters]
+
+    @property
+    def scored_members(self) -> list[Member]:
+        """All models that validation tokens are scored under: the seed, what was trained, and the averages."""
+        return [Member("seed"), *self.config.members, *self.config.averages]
+
+    @cached_property
+    def validation_labels(self) -> str | None:
+        """Where the known domains of the validation documents lie; None where there are none."""
+        labels = self.config.cluster.labels
+        return labels if labels is not None and has_labels(labels, self.paths("validation")) else None
 
     def _assigned(self, part: Part) -> dict[str, str]:
         return {group.name: self.load(self.assign_spec(group.name)).digest for group in self.plan_made.part(part)}

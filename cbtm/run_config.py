@@ -1,9 +1,10 @@
 """Everything about a run as one configuration: its sections, and what must agree between them."""
 
+import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,13 +15,24 @@ from cbtm.cluster.config import ClusterConfig
 from cbtm.config import Config, apply_overrides, parse_text, read_file
 from cbtm.corpus import CorpusConfig
 from cbtm.errors import ConfigError
-from cbtm.merge.evaluator import EvaluateConfig
+from cbtm.merge.average import AverageConfig
+from cbtm.merge.config import EvaluateConfig, RoutingConfig
 from cbtm.merge.scorer import ScoreConfig
+from cbtm.merge.tasks import TaskConfig
 from cbtm.tracking import TrackingConfig
 from cbtm.train.config import SeedConfig, TrainConfig
 from cbtm.train.member import Member
 
 CONFIG_FILE = "config.json"
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # The arithmetic of the code released with c-BTM: the squared distance squared once more, documents cut to one
+    # context, no BOS, the first token unscored, weights that do not see the token before the predicted one.
+    "reference": {
+        "score": {"separator": False, "max_tokens": 2049, "stride": None, "top_k": None},
+        "routing": {"lag": 1, "refresh": 1, "context_ratio": 1.0},
+        "evaluate": {"temperatures": [0.1], "distance_powers": [4]},
+    }
+}
 
 
 class RunConfig(Config):
@@ -35,8 +47,13 @@ class RunConfig(Config):
         assign: How documents are assigned to them.
         seed_model: The model that all others start from.
         train: How experts and baselines are trained.
+        preset: reference sets score, routing and evaluate to the arithmetic of the code released with c-BTM, so that
+            its figures can be compared; None sets nothing.
+        average: Which averages of the experts' parameters are made: one model from many.
         score: How validation tokens are scored.
+        routing: From which part of the text before a token the experts' weights come.
         evaluate: Which ensembles are compared.
+        tasks: Few-shot classification tasks that every model and ensemble answers.
         tracking: The MLflow tracking server.
     """
 
@@ -48,8 +65,12 @@ class RunConfig(Config):
     assign: AssignConfig = AssignConfig()
     seed_model: SeedConfig
     train: TrainConfig = TrainConfig()
+    preset: Literal["reference"] | None = None
+    average: AverageConfig = AverageConfig()
     score: ScoreConfig = ScoreConfig()
+    routing: RoutingConfig = RoutingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tasks: tuple[TaskConfig, ...] = ()
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("root")
@@ -64,7 +85,8 @@ class RunConfig(Config):
 
         Raises:
             ConfigError: If the batch does not divide among the clusters, train.clusters names one that there is not,
-                a top-k is larger than the number of experts, or the random-cluster experts have no random clusters.
+                a top-k is larger than the number of experts, a setting needs scores that are not made, two tasks have
+                one name, or the random-cluster experts have no random clusters.
         """
         _check_devices("train", self.train.share(self.cluster.n_clusters), self.train.devices)
         training = self.seed_model.training
@@ -81,15 +103,44 @@ class RunConfig(Config):
                 f"score.stride={stride} is larger than train.context_length={self.train.context_length}: tokens "
                 "between two windows would not be scored"
             )
-        n_experts = len(self.train.trained_clusters(self.cluster.n_clusters))
-        self.evaluate.top_k_values(n_experts, n_clusters=self.cluster.n_clusters)
+        self._check_evaluation()
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
+
+    def _check_evaluation(self) -> None:
+        trained, top_k = self.trained_clusters, self.score.top_k
+        if top_k is not None and top_k > len(trained):
+            raise ConfigError(f"score.top_k={top_k} is above the number of experts, {len(trained)}; leave it out")
+        mixed = self.evaluate.experts_of(trained)
+        if top_k is not None and mixed != trained:
+            raise ConfigError(
+                f"evaluate.experts with score.top_k={top_k}: each token is scored under its nearest experts only, "
+                "which may be among those left out; leave out one of the two"
+            )
+        if top_k is not None and "greedy" in self.average.averages:
+            raise ConfigError(
+                f"average.averages has greedy, which orders the experts by their scores on all documents, and "
+                f"score.top_k={top_k} does not make those; leave out one of the two"
+            )
+        self.evaluate.settings(len(mixed), n_clusters=self.cluster.n_clusters, scored_top_k=top_k)
+        names = [task.name for task in self.tasks]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"two tasks have the name {doubled[0]!r}; give each a name of its own")
+
+    @property
+    def trained_clusters(self) -> list[int]:
+        """Clusters that an expert is trained for, in ascending order."""
+        return list(self.train.trained_clusters(self.cluster.n_clusters))
+
+    @property
+    def averages(self) -> list[Member]:
+        """Averages of the experts' parameters that are made once those are trained."""
+        return [Member("average", recipe=recipe) for recipe in self.average.averages]
 
     @property
     def members(self) -> list[Member]:
         """Members that are trained from the seed, the longest job first."""
-        clusters = self.train.trained_clusters(self.cluster.n_clusters)
+        clusters = self.trained_clusters
         members = [Member("dense")] if self.train.dense else []
         members += [Member("expert", cluster) for cluster in clusters]
         if self.train.random_clusters:
@@ -136,6 +187,23 @@ def recorded_config(root: str) -> RunConfig:
 
 
 def _checked(values: Mapping[str, Any], source: str) -> RunConfig:
-    config = RunConfig.parse(values, source=source)
+    config = RunConfig.parse(_with_preset(values, source), source=source)
     config.check()
     return config
+
+
+def _with_preset(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values with what their preset sets; a value of their own that differs from it is refused."""
+    name, found = values.get("preset"), dict(values)
+    if name not in PRESETS:
+        return found
+    for section, settings in PRESETS[name].items():
+        own = dict(found.get(section) or {})
+        for key, value in settings.items():
+            if json.loads(json.dumps(own.setdefault(key, value))) != json.loads(json.dumps(value)):
+                raise ConfigError(
+                    f"{source}: preset={name} sets {section}.{key}={value}, but the configuration says {own[key]}; "
+                    "remove one of them"
+                )
+        found[section] = own
+    return found

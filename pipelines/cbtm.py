@@ -3,7 +3,7 @@
 Two loops: over shard groups, and over the models that branch from the seed. Each loop is a pipeline of its own
 that receives its items as a parameter, because kfp.local resolves only those at the top level.
 
-    plan ─▶ tokenizer ─▶ clusterer ─▶ assign[group] ─▶ seed ─▶ train[member] ─▶ score[member] ─▶ evaluate
+    plan ─▶ tokenizer ─▶ clusterer ─▶ assign[group] ─▶ seed ─▶ train[member] ─▶ score[member] ─▶ average ─▶ evaluate
 """
 
 from typing import List  # noqa: UP035 - KFP reads the annotations
@@ -11,6 +11,7 @@ from typing import List  # noqa: UP035 - KFP reads the annotations
 from kfp import dsl
 
 from components.assigner import assign_shards
+from components.averager import average_experts
 from components.clusterer import build_tokenizer, fit_clusterer
 from components.evaluator import evaluate_ensembles
 from components.planner import plan_run
@@ -51,4 +52,5 @@ def cbtm(config: str) -> None:
     seed = train_expert(config=config, member=SEED).set_caching_options(False).after(assigned)
     seed_scores = score_expert(config=config, member=SEED).set_caching_options(False).after(seed)
     experts = train_and_score(config=config, members=plan.outputs["members"]).after(seed)
-    evaluate_ensembles(config=config).set_caching_options(False).after(experts, seed_scores)
+    averages = average_experts(config=config).set_caching_options(False).after(experts)
+    evaluate_ensembles(config=config).set_caching_options(False).after(averages, seed_scores)

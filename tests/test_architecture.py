@@ -25,11 +25,11 @@ LAYERS = [
     {"merge"},
     {"run", "run_config"},
     {"stages"},
-    {"local", "cli"},
+    {"local", "cli", "cli_corpus"},
 ]
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}
-MAY_IMPORT_CORPORA = {"cli"}
+MAY_IMPORT_CORPORA = {"cli", "cli_corpus"}
 HEAVY = {"kfp", "mlflow", "torch", "transformers"}
 
 

@@ -23,7 +23,9 @@ from cbtm.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What a tokenizer is stored as."""
+_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 class TokenizerConfig(Config):

@@ -62,6 +62,12 @@ def label_files(root: str, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield path, storage.join(root, found[0])
 
 
+def has_labels(root: str, paths: Sequence[str]) -> bool:
+    """Tell whether some of the corpus files have labels; `read_labels` then wants them for all."""
+    candidates = [_stem(path) + suffix for path in paths for suffix in _LABEL_SUFFIXES]
+    return any(size is not None for size in storage.sizes(root, candidates).values())
+
+
 def labels_digest(root: str, paths: Sequence[str]) -> str:
     """Identity of the labels of corpus files: sha256 of local files, ETags in S3.
 

@@ -1,186 +1,52 @@
-"""The evaluator stage: every ensemble setting at once, from scores and distances alone.
+"""The evaluator: every ensemble setting at once, from scores and distances alone.
 
 The weights of the experts at a token come from the text before it (Gururangan et al. 2023, equations 2 and 3), so
-one pass over the text gives the distances, and temperature, exponent and top-k are arithmetic. Temperature and
-exponent are chosen on one half of the validation documents; everything is reported on the other half.
+one pass over the text gives the distances, and kind of ensemble, temperature, exponent and top-k are arithmetic.
+Settings are chosen on one half of the validation documents; everything is reported on the other half.
 
-Where experts of some clusters only were trained, the ensemble mixes those: weights are over the distances to their
-centres, and documents of the other clusters are evaluated all the same. Where documents have prompts, the tokens of
-a prompt are context: they route and they condition, but they do not count.
+Where experts of some clusters only were trained, or are mixed on purpose, the ensemble is of those: weights are over
+the distances to their centres, and documents of the other clusters are evaluated all the same. Where documents have
+prompts, the tokens of a prompt are context: they route and they condition, but they do not count. A token that a model
+finds impossible makes its perplexity infinite, and is counted; it is never left out.
 """
 
-import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
-from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import Clusterer
-from cbtm.config import Config
-from cbtm.errors import ConfigError, DataError, ManifestError
-from cbtm.merge.ensembles import (
-    bits_per_byte,
-    bootstrap_interval,
-    clustering,
-    experts_used,
-    paired_bootstrap_interval,
-    uniform,
-)
-from cbtm.merge.router import PrefixRouter, routing_weights
-
-logger = logging.getLogger(__name__)
+from cbtm.errors import DataError
+from cbtm.merge.config import EvaluateConfig
+from cbtm.merge.grid import DocumentSums, Setting, mix_grid
+from cbtm.merge.intervals import Resamples
+from cbtm.merge.router import mean_routing_weights
+from cbtm.merge.validation_set import Scores, ValidationSet, selection_documents
 
 Array = NDArray[np.float64]
-
-
-class EvaluateConfig(Config):
-    """Which ensembles are compared.
-
-    Attributes:
-        temperatures: Temperatures of the routing weights.
-        distance_powers: Exponents of the distance: 2 in the paper, 4 in the reference code.
-        top_k: Experts kept at each token; None takes all, half of them, and so on down to one.
-        bootstrap_resamples: Resamples of documents behind each 95 % interval.
-        random_state: Seed of the resampling.
-    """
-
-    temperatures: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    distance_powers: tuple[float, ...] = (2, 4)
-    top_k: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    bootstrap_resamples: int = Field(default=1000, ge=100)
-    random_state: int = Field(default=0, ge=0)
-
-    @field_validator("temperatures", "distance_powers")
-    @classmethod
-    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if not values or not all(np.isfinite(value) and value > 0 for value in values):
-            raise ValueError(f"expected one or more numbers above 0, got {list(values)}")
-        return values
-
-    def top_k_values(self, n_experts: int, *, n_clusters: int | None = None) -> list[int]:
-        """The top-k settings for so many experts, largest first.
-
-        Args:
-            n_experts: Experts that were trained.
-            n_clusters: Clusters that there are, where these may be more.
-
-        Raises:
-            ConfigError: If one is not in [1, n_experts].
-        """
-        if self.top_k is None:
-            values = [n_experts]
-            while values[-1] > 1:
-                values.append(values[-1] // 2)
-            return values
-        wrong = [value for value in self.top_k if not 1 <= value <= n_experts]
-        if wrong and n_clusters in (None, n_experts):
-            raise ConfigError(f"evaluate.top_k={wrong[0]} is not in [1, cluster.n_clusters={n_experts}]")
-        if wrong:
-            raise ConfigError(
-                f"evaluate.top_k={wrong[0]} is not in [1, {n_experts}]: train.clusters names {n_experts} of "
-                f"cluster.n_clusters={n_clusters} clusters, and there are no more experts"
-            )
-        return sorted(set(self.top_k), reverse=True)
+Mask = NDArray[np.bool_]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class ValidationSet:
-    """What is evaluated on, in the order of the scores.
+class _Arm:
+    """What one model or ensemble gives each document: summed negative log-probability, and impossible tokens."""
 
-    Attributes:
-        texts: Text of each document.
-        tokens: Token ids of each document, separator first.
-        clusters: Nearest cluster of each document, shape (n_documents,).
-        n_bytes: UTF-8 bytes of each document that its counted tokens spell, shape (n_documents,).
-        counted: For each document, which of its tokens count, the separator left out; None counts all.
-    """
-
-    texts: Sequence[str]
-    tokens: Sequence[NDArray[np.int64]]
-    clusters: NDArray[np.int64]
-    n_bytes: NDArray[np.int64]
-    counted: Sequence[NDArray[np.bool_]] | None = None
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """Where each document's scores begin, and the end; shape (n_documents + 1,)."""
-        return np.concatenate([[0], np.cumsum([len(row) - 1 for row in self.tokens])]).astype(np.int64)
-
-    @property
-    def n_counted(self) -> NDArray[np.int64]:
-        """Tokens of each document that count; shape (n_documents,)."""
-        if self.counted is None:
-            return np.diff(self.offsets)
-        return np.array([np.count_nonzero(row) for row in self.counted], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Natural log-probabilities of all validation tokens, float32 of shape (n_tokens,) each, by member.
-
-    Attributes:
-        seed: Under the seed model.
-        experts: Under each expert, shape (n_experts, n_tokens), in the order of the clusters.
-        dense: Under the dense model, where it was trained.
-        random: Under each random-cluster expert, shape (n_experts, n_tokens), where they were trained.
-        clusters: Cluster of each expert, in ascending order; None where every cluster has one.
-    """
-
-    seed: NDArray[np.float32]
-    experts: NDArray[np.float32]
-    dense: NDArray[np.float32] | None = None
-    random: NDArray[np.float32] | None = None
-    clusters: Sequence[int] | None = None
-
-
-def selection_documents(n_documents: int) -> NDArray[np.bool_]:
-    """Mark the validation documents that settings are chosen on; the others are reported on.
-
-    Args:
-        n_documents: Documents of the validation split, in the order of the token shards: sorted by cluster, so that
-            every second one is a half with the same mixture of domains.
-
-    Returns:
-        Mask of shape (n_documents,).
-    """
-    mask: NDArray[np.bool_] = np.arange(n_documents) % 2 == 0
-    return mask
-
-
-def context_distances(
-    clusterer: Clusterer,
-    tokenizer: TextTokenizer,
-    validation: ValidationSet,
-    progress: Callable[[int, int], None] | None = None,
-) -> NDArray[np.float32]:
-    """Distance of the text before every scored token to every cluster centre, shape (n_tokens, k).
-
-    Raises:
-        ManifestError: If the tokenizer cuts a text otherwise than when the scores were made.
-    """
-    router = PrefixRouter(clusterer.embedder.vocabulary_, clusterer.embedder.word_vectors_, clusterer.centers)
-    offsets = validation.offsets
-    out = np.empty((int(offsets[-1]), clusterer.n_clusters), dtype=np.float32)
-    for index, (text, tokens) in enumerate(zip(validation.texts, validation.tokens, strict=True)):
-        again, starts = tokenizer.encode_with_starts(text)
-        if not np.array_equal(again, tokens):
-            raise ManifestError(
-                f"validation document {index} has {len(again)} tokens now and {len(tokens)} in the token shards: "
-                "tokenizer or corpus changed since the documents were assigned; run the assign stage again"
-            )
-        out[offsets[index] : offsets[index + 1]] = router.distances(text, starts[1:])
-        if progress is not None:
-            progress(index + 1, len(validation.texts))
-    return out
+    nll: Array
+    impossible: NDArray[np.int64]
 
 
 def evaluate(
-    config: EvaluateConfig, validation: ValidationSet, scores: Scores, distances: NDArray[np.float32]
+    config: EvaluateConfig,
+    validation: ValidationSet,
+    scores: Scores,
+    distances: NDArray[np.float32],
+    *,
+    body_share: float = 1.0,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of every model and every ensemble setting.
 
@@ -189,210 +55,348 @@ def evaluate(
         validation: The documents.
         scores: Log-probabilities of all their tokens, counted or not.
         distances: From `context_distances`, to the centres of all clusters, those without an expert included.
+        body_share: Part of a forward pass's work at one token that is done before the head; the head runs only where
+            an expert has weight.
+        progress: Called with settings done and in all.
 
     Returns:
         The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, n_prompt_tokens, selection,
-        seed, dense, random, best_single_expert, ensemble, experts, by_domain.
+        seed, dense, random, averages, best_single_expert, ensemble, experts, experts_evaluated, prior (the mean routing
+        weight of each expert that is mixed, where the prior ensemble is compared), by_domain, by_label,
+        domain_by_expert. Infinity is None.
 
     Raises:
-        ConfigError: If a top-k is larger than the number of experts.
-        DataError: If there are fewer than four documents, two for each half; one of them has no token, or none that
-            counts; or experts, clusters and distances, or documents and counted tokens, do not fit.
+        ConfigError: If a top-k is larger than the number of experts, or a setting needs scores that were not made.
+        DataError: If there are fewer than four documents, one of them has no token, or none that counts; experts,
+            clusters and distances, or documents and counted tokens, do not fit; or a score is no log-probability.
     """
-    if len(validation.tokens) < 4:
-        raise DataError(
-            f"the validation split has {len(validation.tokens)} documents; at least 4 are needed, half of them to "
-            "choose the temperature and half to report on"
-        )
-    _check_tokens(validation)
-    n_clusters = distances.shape[1]
-    clusters = _expert_clusters(scores, n_clusters)
-    if len(clusters) < n_clusters:
-        distances = distances[:, clusters]
-    scores, distances = _counted_only(validation, scores, distances)
-    evaluation = _Evaluation(config, validation, scores, n_clusters)
-    alone = {cluster: evaluation.document_nll(row) for cluster, row in zip(clusters, scores.experts, strict=True)}
-    seed = evaluation.document_nll(scores.seed)
-    dense = evaluation.document_nll(scores.dense) if scores.dense is not None else None
-    random = evaluation.document_nll(uniform(scores.random)) if scores.random is not None else None
-    settings = _grid(evaluation, distances, dense)
-    best = min(alone, key=lambda cluster: evaluation.perplexity(alone[cluster], "selection"))
-    chosen = next(row for row in settings if row["selected"])  # the largest top-k comes first
-    mixed = evaluation.document_nll(_setting_log_probs(scores.experts, distances, chosen))
-    arms = {"seed": seed, "dense": dense, "random": random, "ensemble": mixed}
-    return {
-        **evaluation.counts("report"),
-        "selection": evaluation.counts("selection"),
-        **{name: evaluation.summary(arms[name]) for name in ("seed", "dense", "random")},
-        "best_single_expert": {"cluster": best, **(evaluation.summary(alone[best]) or {})},
-        "ensemble": settings,
-        "experts": [
-            {"cluster": cluster, "perplexity": evaluation.perplexity(nll, "report")} for cluster, nll in alone.items()
-        ],
-        "by_domain": [evaluation.by_domain(cluster, arms, alone.get(cluster)) for cluster in range(n_clusters)],
+    validation.check()
+    trained = _expert_clusters(scores, distances.shape[1])
+    mixed = config.experts_of(trained)
+    measured = _Measured(config, validation)
+    whole = scores.top_k is None
+    alone = {c: measured.arm(row) for c, row in zip(trained, scores.experts, strict=True) if whole and c in mixed}
+    arms: dict[str, _Arm | None] = {
+        "seed": measured.arm(scores.seed),
+        "dense": None if scores.dense is None else measured.arm(scores.dense),
+        "random": None if scores.random is None else measured.uniform(scores.random),
     }
-
-
-def _check_tokens(validation: ValidationSet) -> None:
-    lengths = np.diff(validation.offsets)
-    empty = np.flatnonzero(lengths == 0)
-    if len(empty):
-        raise DataError(f"the tokenizer makes no token of validation document {empty[0]}; remove it from the corpus")
-    if validation.counted is None:
-        return
-    marked = [len(row) for row in validation.counted]
-    if marked != lengths.tolist():
-        raise DataError(
-            f"the marks of counted tokens are {sum(marked)} for {len(marked)} documents, the tokens {lengths.sum()} "
-            f"for {len(lengths)}; run the assign stage again"
-        )
-    empty = np.flatnonzero(validation.n_counted == 0)
-    if len(empty):
-        raise DataError(
-            f"validation document {empty[0]} has no token after its prompt, so nothing of it counts; "
-            "remove it from the corpus"
-        )
+    averages = {name: measured.arm(row) for name, row in (scores.averages or {}).items()}
+    grid = _Grid(config, measured, scores, distances, mixed, body_share=body_share, progress=progress)
+    arms["ensemble"] = grid.chosen
+    everything = {**arms, **averages, **{f"expert {cluster}": arm for cluster, arm in alone.items()}}
+    summaries = measured.summaries({name: arm for name, arm in everything.items() if arm is not None}, arms["dense"])
+    arms["ensemble_all"] = _of_all(config, measured, scores, distances, trained) if mixed != trained else None
+    best = min(alone, key=lambda cluster: measured.perplexity(alone[cluster].nll, "selection")) if alone else None
+    result = {
+        **measured.counts("report"),
+        "selection": measured.counts("selection"),
+        **{name: summaries.get(name) for name in ("seed", "dense", "random")},
+        "averages": [{"name": name, **summaries[name]} for name in averages],
+        "best_single_expert": None if best is None else {"cluster": best, **summaries[f"expert {best}"]},
+        "ensemble": grid.rows(arms["dense"]),
+        "experts": [{"cluster": c, "perplexity": summaries.get(f"expert {c}", {}).get("perplexity")} for c in trained],
+        "experts_evaluated": mixed,
+        "prior": None if grid.prior is None else grid.prior.tolist(),
+        "by_domain": _by_domain(measured, distances.shape[1], arms, alone),
+        "by_label": _by_label(measured, validation.labels, arms),
+        "domain_by_expert": _domain_by_expert(measured, distances.shape[1], alone) if alone else None,
+    }
+    return dict(_finite(result))
 
 
 def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
-    """Cluster of each row of the experts' scores."""
+    """Cluster of each of the experts' scores."""
     clusters = list(range(n_clusters)) if scores.clusters is None else [int(number) for number in scores.clusters]
     if len(clusters) != len(scores.experts) or not set(clusters) <= set(range(n_clusters)):
         raise DataError(f"scores of {len(scores.experts)} experts do not fit clusters {clusters} of {n_clusters}")
     return clusters
 
 
-def _counted_only(
-    validation: ValidationSet, scores: Scores, distances: NDArray[np.float32]
-) -> tuple[Scores, NDArray[np.float32]]:
-    """Scores and distances of the tokens that count."""
-    if validation.counted is None:
-        return scores, distances
-    counted = np.concatenate(validation.counted)
-    some = Scores(
-        seed=scores.seed[counted],
-        experts=scores.experts[:, counted],
-        dense=None if scores.dense is None else scores.dense[counted],
-        random=None if scores.random is None else scores.random[:, counted],
-        clusters=scores.clusters,
-    )
-    return some, distances[counted]
-
-
-class _Evaluation:
+class _Measured:
     """Sums over the counted tokens of each document, on the half that chooses and the half that is reported."""
 
-    def __init__(self, config: EvaluateConfig, validation: ValidationSet, scores: Scores, n_clusters: int) -> None:
-        self.config, self.scores, self.n_clusters = config, scores, n_clusters
-        self._tokens = validation.n_counted
-        self._starts = np.cumsum(self._tokens) - self._tokens
-        self._prompt_tokens = np.diff(validation.offsets) - self._tokens
+    def __init__(self, config: EvaluateConfig, validation: ValidationSet) -> None:
+        self.config, self.offsets = config, validation.offsets
+        self.counted = None if validation.counted is None else np.concatenate(validation.counted)
+        self.tokens = validation.n_counted
+        self.clusters = validation.clusters
+        self._scored = np.diff(self.offsets)
         self._bytes = validation.n_bytes
-        self._clusters = validation.clusters
-        choosing = selection_documents(len(self._tokens))
-        self.halves: dict[str, NDArray[np.bool_]] = {"selection": choosing, "report": ~choosing}
+        choosing = selection_documents(len(self.tokens))
+        self.halves: dict[str, Mask] = {"selection": choosing, "report": ~choosing}
+        self.threads = config.threads or os.cpu_count() or 1
 
-    def document_nll(self, log_probs: NDArray[np.floating[Any]]) -> Array:
-        """Sum of negative log-probabilities of each document, shape (n_documents,)."""
-        # reduceat gives the next element for an empty document; `evaluate` refuses those.
-        return -np.add.reduceat(log_probs.astype(np.float64), self._starts)
+    def arm(self, log_probs: NDArray[np.float32]) -> _Arm:
+        """One model by itself."""
+        if log_probs.shape != (self.offsets[-1],):
+            raise DataError(f"scores of shape {log_probs.shape} for {self.offsets[-1]} tokens; score the model again")
+        values = np.asarray(log_probs, dtype=np.float64)
+        if not (values <= 0).all():
+            token = int(np.argmax(~(values <= 0)))
+            raise DataError(
+                f"log-probability {values[token]} at token {token} is not in [-inf, 0]; the scores are damaged or are "
+                "not natural log-probabilities: score that model again"
+            )
+        if self.counted is not None:
+            values = np.where(self.counted, values, 0)
+        starts = self.offsets[:-1]
+        # reduceat gives the next element for an empty document; `ValidationSet.check` refuses those.
+        return _Arm(-np.add.reduceat(values, starts), np.add.reduceat(np.isneginf(values).astype(np.int64), starts))
 
-    def perplexity(self, nll: Array, half: str, among: NDArray[np.bool_] | None = None) -> float:
+    def mix(
+        self,
+        experts: Sequence[NDArray[np.float32]],
+        distances: NDArray[np.float32],
+        settings: Sequence[Setting],
+        *,
+        prior: Array | None = None,
+        progress: Progress | None = None,
+    ) -> list[DocumentSums]:
+        """Each setting's sums over the counted tokens of each document."""
+        return mix_grid(
+            experts,
+            distances,
+            self.offsets,
+            settings,
+            prior=prior,
+            counted=self.counted,
+            threads=self.threads,
+            progress=progress,
+        )
+
+    def uniform(self, experts: Sequence[NDArray[np.float32]]) -> _Arm:
+        """The plain mean of several models' probabilities."""
+        nowhere = np.broadcast_to(np.float32(0), (int(self.offsets[-1]), len(experts)))
+        (sums,) = self.mix(experts, nowhere, [Setting("uniform", len(experts))])
+        return _Arm(sums.nll, sums.impossible)
+
+    def perplexity(self, nll: Array, half: str, among: Mask | None = None) -> float:
         chosen = self.halves[half] if among is None else self.halves[half] & among
-        return math.exp(nll[chosen].sum() / self._tokens[chosen].sum())
+        return _exp(nll[chosen].sum() / self.tokens[chosen].sum())
 
     def counts(self, half: str) -> dict[str, int]:
         chosen = self.halves[half]
         return {
             "n_documents": int(chosen.sum()),
-            "n_tokens": int(self._tokens[chosen].sum()),
+            "n_tokens": int(self.tokens[chosen].sum()),
             "n_bytes": int(self._bytes[chosen].sum()),
-            "n_prompt_tokens": int(self._prompt_tokens[chosen].sum()),
+            "n_prompt_tokens": int((self._scored - self.tokens)[chosen].sum()),
         }
 
-    def summary(self, nll: Array | None) -> dict[str, Any] | None:
-        if nll is None:
-            return None
-        chosen = self.halves["report"]
-        low, high = bootstrap_interval(
-            nll[chosen],
-            self._tokens[chosen],
+    def resamples(self, chosen: Mask) -> Resamples:
+        return Resamples(
+            self.tokens[chosen],
             random_state=self.config.random_state,
             n_resamples=self.config.bootstrap_resamples,
         )
-        return {
-            "perplexity": self.perplexity(nll, "report"),
-            "bits_per_byte": bits_per_byte(-nll[chosen], int(self._bytes[chosen].sum())),
-            "interval": [low, high],
-        }
 
-    def ratio(self, nll: Array, other: Array | None) -> dict[str, Any]:
-        if other is None:
-            return {"dense_ratio": None, "dense_ratio_interval": None}
+    def summaries(self, arms: Mapping[str, _Arm], dense: _Arm | None) -> dict[str, dict[str, Any]]:
+        """Figures of each arm on the reported half, and its ratio to the dense model on the same documents."""
         chosen = self.halves["report"]
-        low, high = paired_bootstrap_interval(
-            nll[chosen],
-            other[chosen],
-            self._tokens[chosen],
-            random_state=self.config.random_state,
-            n_resamples=self.config.bootstrap_resamples,
-        )
-        ratio = self.perplexity(nll, "report") / self.perplexity(other, "report")
-        return {"dense_ratio": ratio, "dense_ratio_interval": [low, high]}
+        n_tokens, n_bytes = int(self.tokens[chosen].sum()), int(self._bytes[chosen].sum())
+        nll = np.stack([arm.nll[chosen] for arm in arms.values()])  # (arms, documents)
+        resamples = self.resamples(chosen)
+        intervals = resamples.intervals(nll)
+        ratios = None if dense is None else _ratio_intervals(resamples, nll, dense.nll[chosen])
+        rows: dict[str, dict[str, Any]] = {}
+        for index, (name, arm) in enumerate(arms.items()):
+            total = float(nll[index].sum())
+            rows[name] = {
+                "perplexity": _exp(total / n_tokens),
+                "bits_per_byte": total / (math.log(2) * n_bytes),
+                "nats": total / n_tokens,
+                "interval": intervals[index].tolist(),
+                "impossible_tokens": int(arm.impossible[chosen].sum()),
+                "dense_ratio": None if dense is None else _ratio(total, float(dense.nll[chosen].sum()), n_tokens),
+                "dense_ratio_interval": None if ratios is None or ratios[index] is None else ratios[index],
+            }
+        return rows
 
-    def by_domain(self, cluster: int, arms: Mapping[str, Array | None], expert: Array | None) -> dict[str, Any]:
-        among = self._clusters == cluster
+    def group(self, among: Mask, arms: Mapping[str, _Arm | None]) -> dict[str, Any]:
+        """Perplexities of the reported documents of one group, and how sure the difference to dense is."""
         chosen = self.halves["report"] & among
-        row: dict[str, Any] = {
-            "cluster": cluster,
-            "n_documents": int(chosen.sum()),
-            "n_tokens": int(self._tokens[chosen].sum()),
-        }
-        for name, nll in {**arms, "own_expert": expert}.items():
-            row[name] = None if nll is None or not chosen.any() else self.perplexity(nll, "report", among)
+        there = bool(chosen.any())
+        row: dict[str, Any] = {"n_documents": int(chosen.sum()), "n_tokens": int(self.tokens[chosen].sum())}
+        for name, arm in arms.items():
+            row[name] = None if arm is None or not there else self.perplexity(arm.nll, "report", among)
+        dense, ensemble = arms["dense"], arms["ensemble"]
+        row |= dict.fromkeys(("interval", "dense_interval", "dense_ratio", "dense_ratio_interval"))
+        if dense is not None and there:
+            row["dense_ratio"] = row["ensemble"] / row["dense"] if math.isfinite(row["dense"]) else None
+        if ensemble is None or chosen.sum() < 2:
+            return row
+        resamples = self.resamples(chosen)
+        row["interval"] = resamples.intervals(ensemble.nll[None, chosen])[0].tolist()
+        if dense is not None:
+            row["dense_interval"] = resamples.intervals(dense.nll[None, chosen])[0].tolist()
+            row["dense_ratio_interval"] = _ratio_intervals(resamples, ensemble.nll[None, chosen], dense.nll[chosen])[0]
         return row
 
 
-def _grid(evaluation: _Evaluation, distances: NDArray[np.float32], dense: Array | None) -> list[dict[str, Any]]:
-    """All settings, the chosen temperature and exponent marked for each top-k, and the uniform mean."""
-    config, experts = evaluation.config, evaluation.scores.experts
-    rows: list[dict[str, Any]] = []
-    for top_k in config.top_k_values(len(experts), n_clusters=evaluation.n_clusters):
-        group: list[dict[str, Any]] = []
-        for power in config.distance_powers:
-            for temperature in config.temperatures:
-                setting = {
-                    "ensemble": "clustering",
-                    "distance_power": power,
-                    "temperature": temperature,
-                    "top_k": top_k,
-                }
-                log_probs = _setting_log_probs(experts, distances, setting)
-                weights = routing_weights(distances, temperature=temperature, distance_power=power, top_k=top_k)
-                group.append(setting | _row(evaluation, log_probs, dense) | {"experts_used": experts_used(weights)})
-        best = min(group, key=lambda row: row["selection_perplexity"])
-        rows += [row | {"selected": row is best} for row in group]
-    flat = {"ensemble": "uniform", "distance_power": None, "temperature": None, "top_k": len(experts)}
-    used = {"experts_used": float(len(experts)), "selected": False}
-    return [*rows, flat | _row(evaluation, uniform(experts), dense) | used]
+class _Grid:
+    """All settings; the best of each kind and top-k, by the selecting half, is marked."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        measured: _Measured,
+        scores: Scores,
+        distances: NDArray[np.float32],
+        mixed: list[int],
+        *,
+        body_share: float,
+        progress: Progress | None = None,
+    ) -> None:
+        self._measured, self._body_share, self._n_experts = measured, body_share, len(mixed)
+        experts, near = _of_clusters(scores, distances, mixed)
+        settings = config.settings(len(mixed), n_clusters=distances.shape[1], scored_top_k=scores.top_k)
+        routed = [setting for setting in settings if setting.ensemble != "prior"]
+        sums = dict(zip(routed, measured.mix(experts, near, routed, progress=progress), strict=True))
+        chosen = _best_of(
+            measured, {s: sums[s] for s in routed if s.ensemble == "clustering" and s.top_k == _top(routed)}
+        )
+        self.prior: Array | None = None
+        for setting in settings:
+            if setting.ensemble == "prior":
+                # The weights that documents have on average, of the documents that settings are chosen on.
+                self.prior = mean_routing_weights(
+                    near,
+                    np.repeat(measured.halves["selection"], np.diff(measured.offsets)),
+                    temperature=float(chosen.temperature or 0),
+                    distance_power=float(chosen.distance_power or 0),
+                )
+                sums |= dict(zip([setting], measured.mix(experts, near, [setting], prior=self.prior), strict=True))
+        self._sums = {setting: sums[setting] for setting in settings}
+        self.chosen = _Arm(sums[chosen].nll, sums[chosen].impossible)
+
+    def rows(self, dense: _Arm | None) -> list[dict[str, Any]]:
+        """Rows of result.json, in the order of the settings."""
+        measured = self._measured
+        arms = {str(index): _Arm(one.nll, one.impossible) for index, one in enumerate(self._sums.values())}
+        summaries = measured.summaries(arms, dense)
+        groups: dict[tuple[str, int], dict[Setting, DocumentSums]] = {}
+        for setting, one in self._sums.items():
+            groups.setdefault((setting.ensemble, setting.top_k), {})[setting] = one
+        selected = {_best_of(measured, group) for group in groups.values()}
+        return [
+            {
+                "ensemble": setting.ensemble,
+                "distance_power": setting.distance_power,
+                "temperature": setting.temperature,
+                "top_k": setting.top_k,
+                **summary,
+                "selection_perplexity": measured.perplexity(one.nll, "selection"),
+                **self._cost(one),
+                "selected": setting in selected,
+            }
+            for (setting, one), summary in zip(self._sums.items(), summaries.values(), strict=True)
+        ]
+
+    def _cost(self, sums: DocumentSums) -> dict[str, float]:
+        chosen = self._measured.halves["report"]
+        counted = float(self._measured.tokens[chosen].sum())
+        scored = float(np.diff(self._measured.offsets)[chosen].sum())
+        used, passes = sums.experts_used[chosen].sum() / counted, sums.passes[chosen].sum() / scored
+        return {
+            "experts_used": used,
+            "flops_relative": self._body_share * passes + (1 - self._body_share) * min(used, passes),
+            "routing_entropy": sums.entropy[chosen].sum() / counted,
+        }
 
 
-def _row(evaluation: _Evaluation, log_probs: Array, dense: Array | None) -> dict[str, Any]:
-    nll = evaluation.document_nll(log_probs)
-    return {
-        **(evaluation.summary(nll) or {}),
-        "selection_perplexity": evaluation.perplexity(nll, "selection"),
-        **evaluation.ratio(nll, dense),
-    }
+def _top(settings: Sequence[Setting]) -> int:
+    return max(setting.top_k for setting in settings if setting.ensemble == "clustering")
 
 
-def _setting_log_probs(
-    experts: NDArray[np.float32], distances: NDArray[np.float32], setting: Mapping[str, Any]
-) -> Array:
-    return clustering(
-        experts,
-        distances,
-        temperature=setting["temperature"],
-        distance_power=setting["distance_power"],
-        top_k=setting["top_k"],
-    )
+def _best_of(measured: _Measured, group: Mapping[Setting, DocumentSums]) -> Setting:
+    """The setting of the lowest perplexity on the selecting half; the first of equals."""
+    return min(group, key=lambda setting: measured.perplexity(group[setting].nll, "selection"))
+
+
+def _of_clusters(
+    scores: Scores, distances: NDArray[np.float32], clusters: list[int]
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Scores of the experts of some clusters, and the distances to their centres."""
+    trained = _expert_clusters(scores, distances.shape[1])
+    experts = [row for cluster, row in zip(trained, scores.experts, strict=True) if cluster in clusters]
+    if len(clusters) == distances.shape[1]:
+        return experts, distances
+    return experts, np.ascontiguousarray(distances[:, clusters])
+
+
+def _of_all(
+    config: EvaluateConfig,
+    measured: _Measured,
+    scores: Scores,
+    distances: NDArray[np.float32],
+    trained: list[int],
+) -> _Arm:
+    """The ensemble of all trained experts, its temperature and exponent chosen as ever."""
+    experts, near = _of_clusters(scores, distances, trained)
+    settings = [
+        Setting("clustering", len(trained), temperature=temperature, distance_power=power)
+        for power in config.distance_powers
+        for temperature in config.temperatures
+    ]
+    sums = dict(zip(settings, measured.mix(experts, near, settings), strict=True))
+    best = sums[_best_of(measured, sums)]
+    return _Arm(best.nll, best.impossible)
+
+
+def _by_domain(
+    measured: _Measured, n_clusters: int, arms: Mapping[str, _Arm | None], alone: Mapping[int, _Arm]
+) -> list[dict[str, Any]]:
+    return [
+        {"cluster": cluster, **measured.group(measured.clusters == cluster, {**arms, "own_expert": alone.get(cluster)})}
+        for cluster in range(n_clusters)
+    ]
+
+
+def _by_label(
+    measured: _Measured, labels: Sequence[str | None] | None, arms: Mapping[str, _Arm | None]
+) -> list[dict[str, Any]] | None:
+    if labels is None:
+        return None
+    known = np.array([label or "" for label in labels])
+    rows = [{"label": label, **measured.group(known == label, arms)} for label in sorted(set(known) - {""})]
+    return [row for row in rows if row["n_documents"]]
+
+
+def _domain_by_expert(measured: _Measured, n_clusters: int, alone: Mapping[int, _Arm]) -> dict[str, Any]:
+    rows = []
+    for cluster in range(n_clusters):
+        among = measured.clusters == cluster
+        there = (measured.halves["report"] & among).any()
+        rows.append([measured.perplexity(arm.nll, "report", among) if there else None for arm in alone.values()])
+    return {"clusters": list(alone), "perplexity": rows}
+
+
+def _ratio(nll: float, base: float, n_tokens: int) -> float | None:
+    """Perplexity over that of the base; None where both are infinite."""
+    return None if math.isinf(nll) and math.isinf(base) else _exp((nll - base) / n_tokens)
+
+
+def _ratio_intervals(resamples: Resamples, nll: Array, base: Array) -> list[list[float] | None]:
+    """Intervals of the ratios of perplexities; None where both sides find some token impossible."""
+    if not np.isinf(base).any():
+        return [list(map(float, pair)) for pair in resamples.ratio_intervals(nll, base)]
+    return [
+        None if np.isinf(row).any() else [float(end) for end in resamples.ratio_intervals(row[None], base)[0]]
+        for row in nll
+    ]
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < 700 else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what is infinite, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -33,13 +33,14 @@ COLOURS = {
     "dense": "#0072b2",
     "random": "#cc79a7",
     "ensemble": "#d55e00",
+    "average": "#56b4e9",
     "single": "#009e73",
 }
 NAMED_DOMAINS = 24
 """Above this many domains a figure ranks them without names; each row needs 0.28 inch to stay readable."""
 
 INK = "#010203"  # replaced by currentColor; a colour that no palette uses
-_DIRECTIONS = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+DIRECTIONS = dict.fromkeys([0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 WIDTH = 8.4  # inches at 72 units an inch: 605 units over a page of about 900 CSS pixels
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -70,12 +71,16 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a perplexity, its interval, and the role that gives it its colour (a key of `COLOURS`)."""
+    """One bar: a perplexity, its interval, the role that gives it its colour (a key of `COLOURS`).
+
+    `impossible_tokens` is said where the perplexity is infinite.
+    """
 
     label: str
     value: float
     interval: tuple[float, float] | None
     role: str
+    impossible_tokens: int = 0
 
 
 def format_perplexity(value: float | None) -> str:
@@ -88,10 +93,17 @@ def format_perplexity(value: float | None) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def show_perplexity(value: float | None) -> str:
+    """As `format_perplexity`, with the sign of infinity, which a terminal's table does without."""
+    return "∞" if value is not None and math.isinf(value) else format_perplexity(value)
+
+
 def format_change(ratio: float | None) -> str:
     """A ratio to the dense model as a signed percentage: 0.813 is −18.7 %; an en dash for None."""
     if ratio is None:
         return "–"
+    if math.isinf(ratio):
+        return "+∞\u00a0%"
     percent = round(100.0 * (ratio - 1.0), 1)
     return f"{'−' if percent < 0 else '+' if percent > 0 else '±'}{abs(percent):.1f}\u00a0%"
 
@@ -100,13 +112,13 @@ def plain_text(text: object, limit: int) -> str:
     """One line without control, direction or surrogate characters, cut to `limit` characters with an ellipsis."""
     # They break the SVG (Cc), cannot be encoded as UTF-8 (Cs), or reorder the text around them (directions).
     spaced = (" " if unicodedata.category(c) in {"Cc", "Cs"} else c for c in str(text)[: 8 * limit])
-    line = " ".join("".join(spaced).translate(_DIRECTIONS).split())
+    line = " ".join("".join(spaced).translate(DIRECTIONS).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
 def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
     """Horizontal bars from zero with interval whiskers; a bar far beyond the others is cut and marked."""
-    limit = _axis_limit([bar.value for bar in bars])
+    limit = _axis_limit([bar.value for bar in bars if math.isfinite(bar.value)])
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -114,10 +126,9 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
             cut = bar.value > limit
             axes.barh(row, min(bar.value, limit), height=0.62, color=COLOURS[bar.role])
             if bar.interval is not None and not cut:
-                below, above = (max(0.0, abs(bar.value - end)) for end in bar.interval)
+                below, above = (abs(bar.value - min(end, 2 * limit)) for end in bar.interval)
                 axes.errorbar(bar.value, row, xerr=[[below], [above]], color=INK, linewidth=1, capsize=2.5)
-            text = format_perplexity(bar.value) + (" (bar cut)" if cut else "")
-            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center")
+            axes.text(1.01, row, _bar_text(bar, cut=cut), transform=axes.get_yaxis_transform(), va="center")
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
@@ -134,7 +145,7 @@ def top_k_chart(
     """Perplexity of the selected ensembles against the number of experts kept, with the other arms as levels.
 
     Args:
-        rows: Selected rows of the ensemble grid, one for each top_k.
+        rows: Selected rows of the ensemble grid, one for each top_k, of finite perplexity.
         references: Perplexity by arm ("dense", "random", "seed"); a level far from the others is left out.
         n_experts: Number of experts; marks the right end as "all".
         label: What the figure shows, for readers who do not see it.
@@ -160,7 +171,13 @@ def top_k_chart(
 
 
 def temperature_chart(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], *, label: str) -> str:
-    """Perplexity against the routing temperature: a panel for each distance power, a line for each top-k."""
+    """Perplexity against the routing temperature: a panel for each distance power, a line for each top-k.
+
+    Args:
+        rows: Rows of the ensemble grid by clustering, of finite perplexity.
+        chosen: Those of them that get a ring.
+        label: What the figure shows, for readers who do not see it.
+    """
     powers = sorted({row["distance_power"] for row in rows})
     top_ks = sorted({row["top_k"] for row in rows})
     shades = dict(zip(top_ks, _shades(len(top_ks)), strict=True))
@@ -177,33 +194,16 @@ def temperature_chart(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mappin
                     ring = {"color": "none", "markeredgecolor": shades[row["top_k"]], "markersize": 10}
                     axes.plot(row["temperature"], row["perplexity"], "o", **ring)
             axes.plot([], [], "o", color="none", markeredgecolor=INK, markersize=9, label="chosen")
-            _log_scale(axes.xaxis)
+            log_scale(axes.xaxis)
             axes.set_title(f"weight ∝ exp(−distance{ {2: '²', 4: '⁴'}.get(power, f'^{power:g}') } / T)")
             axes.set_xlabel("temperature T")
         values = [row["perplexity"] for row in rows]
         if max(values) > 4 * min(values):
-            _log_scale(panels[0].yaxis)
+            log_scale(panels[0].yaxis)
         panels[0].set_ylabel("perplexity")
         legend_above(figure, panels[-1])
 
     return svg("temperature", label, (WIDTH, 3.3), draw)
-
-
-def domain_chart(rows: Sequence[Mapping[str, Any]], terms: Mapping[int, Sequence[str]], *, label: str) -> str:
-    """Dense model against ensemble in each domain, the largest gain on top.
-
-    Up to `NAMED_DOMAINS` domains get a row with both perplexities; more are ranked by their change alone.
-
-    Args:
-        rows: Rows of `by_domain` in which both "dense" and "ensemble" are numbers.
-        terms: Top terms of each cluster.
-        label: What the figure shows, for readers who do not see it.
-    """
-    ranked = sorted(rows, key=lambda row: (row["ensemble"] / row["dense"], row["cluster"]))
-    if len(ranked) > NAMED_DOMAINS:
-        return svg("domains", label, (WIDTH, 3.0), lambda figure: _draw_ranked_domains(figure, ranked))
-    size = (WIDTH, 0.9 + 0.28 * len(ranked))
-    return svg("domains", label, size, lambda figure: _draw_named_domains(figure, ranked, terms))
 
 
 def training_chart(curves: Mapping[str, Sequence[Mapping[str, float]]], *, label: str) -> str:
@@ -259,42 +259,6 @@ def member_kind(name: str) -> str:
     return "expert" if match[1] == "cluster" else "random"
 
 
-def _draw_named_domains(
-    figure: "Figure", ranked: Sequence[Mapping[str, Any]], terms: Mapping[int, Sequence[str]]
-) -> None:
-    axes = figure.subplots()
-    for row, domain in enumerate(ranked):
-        axes.plot([domain["dense"], domain["ensemble"]], [row, row], color=INK, alpha=0.35, linewidth=1.6)
-        change = format_change(domain["ensemble"] / domain["dense"])
-        axes.text(1.01, row, change, transform=axes.get_yaxis_transform(), va="center")
-    for arm, marker in (("dense", "s"), ("ensemble", "o")):
-        axes.plot(
-            [domain[arm] for domain in ranked], range(len(ranked)), marker, color=COLOURS[arm], markersize=6, label=arm
-        )
-    names = [plain_text(", ".join(terms.get(domain["cluster"], ())[:3]), 34) for domain in ranked]
-    labels = [f"{name} · {domain['cluster']}" for name, domain in zip(names, ranked, strict=True)]
-    axes.set_yticks(range(len(ranked)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(ranked) - 0.4, -0.6)
-    values = [domain[arm] for domain in ranked for arm in ("dense", "ensemble")]
-    if max(values) > 4 * min(values):
-        _log_scale(axes.xaxis)
-    axes.set_xlabel("perplexity on the documents of the domain")
-    legend_above(figure, axes)
-
-
-def _draw_ranked_domains(figure: "Figure", ranked: Sequence[Mapping[str, Any]]) -> None:
-    axes = figure.subplots()
-    changes = [100 * (domain["ensemble"] / domain["dense"] - 1) for domain in ranked]
-    wins = sum(change < 0 for change in changes)
-    axes.axhline(0, color=COLOURS["dense"], linewidth=1.2, linestyle="--", label="dense")
-    label = f"ensemble ({wins} of {len(ranked)} domains below dense)"
-    axes.plot(range(1, len(ranked) + 1), changes, "o", color=COLOURS["ensemble"], markersize=3.5, label=label)
-    axes.set_xlabel("domains, ranked by change")
-    axes.set_ylabel("change to dense, %")
-    legend_above(figure, axes)
-
-
 def _draw_branched(
     axes: "Axes", curves: Mapping[str, Sequence[Mapping[str, float]]], members: Sequence[str], bins: int
 ) -> None:
@@ -330,12 +294,21 @@ def _along_temperature(rows: Sequence[Mapping[str, Any]], power: float, top_k: i
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float]:
-    low, high = row["interval"] or (row["perplexity"], row["perplexity"])
-    return low, high
+    """The ends of a row's interval; where one is missing or infinite, the value itself, which draws no whisker."""
+    low, high = row["interval"] or (None, None)
+    return (row["perplexity"] if low is None else low), (row["perplexity"] if high is None else high)
+
+
+def _bar_text(bar: Bar, *, cut: bool) -> str:
+    if math.isinf(bar.value):
+        return f"∞ ({bar.impossible_tokens:,} impossible)" if bar.impossible_tokens else "∞"
+    return format_perplexity(bar.value) + (" (bar cut)" if cut else "")
 
 
 def _axis_limit(values: Sequence[float]) -> float:
     """The largest value that is not far (2.5 times) above the median; with a margin if others are cut."""
+    if not values:
+        return 1.0
     kept = [value for value in values if value <= 2.5 * float(np.median(values))]
     return max(values) if len(kept) == len(values) else 1.3 * max(kept)
 
@@ -347,7 +320,8 @@ def _shades(count: int) -> list[Any]:
     return [colormaps["viridis"](x) for x in np.linspace(0.78, 0.28, count)]
 
 
-def _log_scale(axis: Any) -> None:
+def log_scale(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")

@@ -10,29 +10,32 @@ can differ between a prefix and the whole text:
   lower case in Unicode's tables for `str.lower` that depends on the context;
 * positions, where lower() makes one character into two (U+0130): those are spelled out before anything else.
 
+Text that is still being written is routed by `PrefixRouter.stream`, in `cbtm.merge.streaming`.
+
 The sums are float64, so that a long document loses nothing against a fresh vectorisation of each prefix.
 
 The weights follow equations 2 and 3 of c-BTM (Gururangan et al. 2023, arXiv 2303.14177): exp(-distance^2 / T).
 The code released with the paper squares a distance that is squared already; `distance_power=4` gives its weights.
 """
 
+import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cbtm.errors import ConfigError, DataError
+from cbtm.merge.streaming import FINAL, MEDIAL, SIGMA, StreamingRouter, is_case_ignorable, is_cased
 
 # The words of scikit-learn's default token pattern (?u)\b\w\w+\b: runs of \w are taken whole, so \b adds nothing.
 _WORD = re.compile(r"\w\w+")
-_SIGMA, _MEDIAL, _FINAL = "\u03a3", "\u03c3", "\u03c2"
 # Multiplications below which OpenBLAS stays on the calling thread. Above, waking its threads on a busy machine was
 # measured at 8 ms, 100 times the product itself (2048 contexts, k=8, d=100).
 _SERIAL_PRODUCT = 2**18
+_BLOCK = 2**14  # contexts whose weights are in memory at once
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -90,7 +93,40 @@ class PrefixRouter:
             DataError: If `starts` is not a vector of integers in [0, len(text)].
         """
         _check_starts(text, starts)
-        sums = self._context_sums(text, starts.astype(np.int64))  # (t, d)
+        return self._distances_of(self._context_sums(text, starts.astype(np.int64)))
+
+    def stream(self) -> StreamingRouter:
+        """A router of a text that is still being written, with nothing read yet."""
+        return StreamingRouter(
+            self._vocabulary,
+            self._word_vectors,
+            longest_word=self._longest_word,
+            distances_of=self._distances_of,
+        )
+
+    def subset(self, clusters: Sequence[int]) -> "PrefixRouter":
+        """A router to some of the clusters, its columns in the order of `clusters`; it shares the word vectors.
+
+        Raises:
+            ConfigError: If `clusters` is empty, repeats one, or names one that there is not.
+        """
+        wrong = [cluster for cluster in clusters if not 0 <= cluster < self.n_clusters]
+        if not clusters or wrong or len(set(clusters)) < len(clusters):
+            raise ConfigError(
+                f"clusters={list(clusters)} is no choice of the {self.n_clusters} clusters; "
+                f"name one or more of 0 to {self.n_clusters - 1}, each once"
+            )
+        router = copy.copy(self)
+        router._centers = self._centers[list(clusters)]
+        return router
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of centres, k."""
+        return len(self._centers)
+
+    def _distances_of(self, sums: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Distances (t, k) of sums of word vectors (t, d)."""
         norms = np.sqrt(np.einsum("td,td->t", sums, sums))[:, np.newaxis]  # (t, 1)
         unit = np.divide(sums, norms, out=np.zeros_like(sums), where=norms > 0)
         squared = (norms > 0) - 2 * self._products(unit) + np.square(self._centers).sum(axis=1)  # (t, k)
@@ -122,7 +158,7 @@ class PrefixRouter:
         whole_words = np.searchsorted(ends, starts, side="right")  # (t,)
         sums: NDArray[np.float64] = running[known_before[whole_words]]
         self._add_cut_words(sums, lowered, starts, begins, whole_words)
-        if _SIGMA in text:
+        if SIGMA in text:
             self._correct_sigmas(sums, text, lowered, starts, spans)
         return sums
 
@@ -165,8 +201,8 @@ class PrefixRouter:
                 stop = min(end, int(starts[position]))
                 if 2 <= stop - begin <= self._longest_word:
                     before, after = lowered[begin:sigma], lowered[sigma + 1 : stop]
-                    sums[position] += self._vector(before + _FINAL + after)
-                    sums[position] -= self._vector(before + _MEDIAL + after)
+                    sums[position] += self._vector(before + FINAL + after)
+                    sums[position] -= self._vector(before + MEDIAL + after)
 
     def _rows(self, words: list[str]) -> NDArray[np.int64]:
         """Row of each word in the word vectors, -1 for words outside of the vocabulary."""
@@ -179,6 +215,56 @@ class PrefixRouter:
             return np.zeros(self._word_vectors.shape[1])
         vector: NDArray[np.float64] = self._word_vectors[row].astype(np.float64)
         return vector
+
+
+def context_positions(
+    n_tokens: int,
+    *,
+    prompt: int = 0,
+    refresh: int | Literal["once"] = 1,
+    context_ratio: float = 1.0,
+    lag: int = 0,
+) -> NDArray[np.int64]:
+    """Which context the weights of each scored token of a document come from.
+
+    A row of tokens has one that is given and n_tokens that are scored; token i in 1..n_tokens is predicted after the
+    text before it, which is context i: `text[:starts[i]]`, with the starts of all n_tokens + 1 tokens. The rules apply
+    in this order: `refresh`, `context_ratio`, `lag`.
+
+    Args:
+        n_tokens: Scored tokens, the prompt's included.
+        prompt: Leading scored tokens that do not count; `refresh` leaves theirs alone and counts from the first token
+            behind them.
+        refresh: Tokens that share their weights: those of the first of them. "once" keeps the weights of the first
+            token behind the prompt to the end.
+        context_ratio: Part of the document after which the weights stay as they are, at least one token.
+        lag: Tokens before token i that its weights do not see. 0 uses all text before the token; 1 leaves out the
+            last token before it, as the code released with the paper does.
+
+    Returns:
+        Indices into `starts` for the tokens 1 to n_tokens, shape (n_tokens,).
+
+    Raises:
+        ConfigError: If `refresh`, `context_ratio` or `lag` is out of its range.
+        DataError: If `prompt` is not in [0, n_tokens].
+    """
+    if refresh != "once" and refresh < 1:
+        raise ConfigError(f'refresh={refresh} is not a number of tokens; use 1 or more, or "once"')
+    if not 0 < context_ratio <= 1:
+        raise ConfigError(f"context_ratio={context_ratio} is not in (0, 1]; use 1 for the whole document")
+    if lag < 0:
+        raise ConfigError(f"lag={lag} would show a token to its own weights; use 0, or 1 for the reference's")
+    if not 0 <= prompt <= n_tokens:
+        raise DataError(
+            f"prompt={prompt} is not in [0, {n_tokens}]; count only tokens of this document that are scored"
+        )
+    positions = np.arange(1, n_tokens + 1)
+    first = 1 + prompt
+    behind = positions[prompt:]  # a view
+    behind -= behind - first if refresh == "once" else (behind - first) % refresh
+    frozen = max(1, int(context_ratio * n_tokens))
+    contexts: NDArray[np.int64] = np.maximum(np.minimum(positions, frozen) - lag, 0)
+    return contexts
 
 
 def routing_weights(
@@ -228,6 +314,35 @@ def routing_weights(
     return weights
 
 
+def mean_routing_weights(
+    distances: Floats, chosen: NDArray[np.bool_], *, temperature: float, distance_power: float = 2
+) -> NDArray[np.float64]:
+    """Mean of `routing_weights` over tokens: a prior that does not depend on the context.
+
+    Args:
+        distances: Euclidean distances from contexts to centres, shape (t, k); may be a memory map.
+        chosen: The tokens that count, shape (t,).
+        temperature: As for `routing_weights`.
+        distance_power: As for `routing_weights`.
+
+    Returns:
+        Weights of shape (k,), summing to 1.
+
+    Raises:
+        ConfigError: As for `routing_weights`.
+        DataError: As for `routing_weights`, or if no token is chosen.
+    """
+    tokens = np.flatnonzero(chosen)
+    if not len(tokens):
+        raise DataError(f"none of the {len(distances)} tokens is chosen, so there are no weights to take the mean of")
+    total = np.zeros(distances.shape[-1])
+    for begin in range(0, len(tokens), _BLOCK):
+        block = np.asarray(distances[tokens[begin : begin + _BLOCK]])
+        total += routing_weights(block, temperature=temperature, distance_power=distance_power).sum(axis=0)
+    mean: NDArray[np.float64] = total / len(tokens)
+    return mean
+
+
 def _nearest(distances: Floats, count: int) -> NDArray[np.bool_]:
     """Mark the `count` smallest distances of each row, ties to the lowest index."""
     # One selection instead of a sort: at 128 experts a stable argsort is the slowest part of an evaluation.
@@ -265,26 +380,16 @@ def _unsettled_sigmas(text: str, lowered: str) -> Iterator[tuple[int, int]]:
     ways (Unicode, Final_Sigma). So one that has a cased character before and after it is final in just those
     prefixes that end after it and not beyond the first character that is not ignorable, at `until`.
     """
-    for match in re.finditer(_SIGMA, text):
+    for match in re.finditer(SIGMA, text):
         sigma = match.start()
-        if lowered[sigma] == _FINAL:
+        if lowered[sigma] == FINAL:
             continue  # nothing cased follows in the whole text, so nothing does in a prefix
         before = sigma - 1
-        while before >= 0 and _is_case_ignorable(text[before]):
+        while before >= 0 and is_case_ignorable(text[before]):
             before -= 1
-        if before < 0 or not _is_cased(text[before]):
+        if before < 0 or not is_cased(text[before]):
             continue
         until = sigma + 1
-        while until < len(text) and _is_case_ignorable(text[until]):
+        while until < len(text) and is_case_ignorable(text[until]):
             until += 1
         yield sigma, until
-
-
-def _is_cased(char: str) -> bool:
-    """Whether a sigma after this character is final; `unicodedata` has no such property, `lower` knows it."""
-    return (char + _SIGMA).lower()[-1] == _FINAL
-
-
-@lru_cache(maxsize=4096)
-def _is_case_ignorable(char: str) -> bool:
-    return not _is_cased(char) and ("a" + char + _SIGMA).lower()[-1] == _FINAL

@@ -46,17 +46,32 @@ def assign(run: Run, group: str) -> Manifest:
 
 
 def train(run: Run, member: Member) -> Manifest:
-    """Train one member; for the seed, train it from scratch or take over the given one."""
+    """Train one member; the seed is trained from scratch or taken over, an average is made of the experts."""
     from cbtm.stages import experts
 
     return experts.train(run, member)
 
 
 def score(run: Run, member: Member) -> Manifest:
-    """Score the validation tokens under one member."""
-    from cbtm.stages import experts
+    """Score the validation tokens, and the answers of the few-shot tasks, under one member.
 
-    return run_stage(run.score_spec(member), lambda work: experts.score(run, member, work))
+    Returns the manifest of the scores of the validation tokens.
+    """
+    from cbtm.stages import experts, few_shot
+
+    made = experts.score(run, member)
+    if run.config.tasks:
+        few_shot.score(run, member)
+    return made
+
+
+def average(run: Run) -> list[Manifest]:
+    """Average the experts' parameters in every way that is configured, and score each average."""
+    made = []
+    for member in run.config.averages:
+        train(run, member)
+        made.append(score(run, member))
+    return made
 
 
 def evaluate(run: Run) -> Manifest:
@@ -81,7 +96,7 @@ def tasks(run: Run) -> Iterator[Task]:
     yield Task("cluster", run.cluster_spec, lambda: cluster(run))
     for group in run.plan_made.groups:
         yield _assign_task(run, group.name)
-    for member in (Member("seed"), *run.config.members):
+    for member in run.scored_members:
         yield from _member_tasks(run, member)
     yield Task("evaluate", run.evaluate_spec, lambda: evaluate(run))
 
@@ -104,3 +119,5 @@ def _assign_task(run: Run, group: str) -> Task:
 def _member_tasks(run: Run, member: Member) -> Iterator[Task]:
     yield Task(f"train:{member.name}", lambda: run.train_spec(member), lambda: train(run, member))
     yield Task(f"score:{member.name}", lambda: run.score_spec(member), lambda: score(run, member))
+    if run.config.tasks:
+        yield Task(f"tasks:{member.name}", lambda: run.tasks_spec(member), lambda: score(run, member))

@@ -4,15 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cbtm.branch.seed import check_vocabulary, create_model, load_model, save_model
 from cbtm.branch.source import fetch_model
 from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.manifest import Manifest, run_stage
-from cbtm.merge.evaluator import selection_documents
-from cbtm.merge.scorer import score_documents
+from cbtm.merge.score_blocks import ScoreBlocks
+from cbtm.merge.scorer import score_documents, top_k_needed
+from cbtm.merge.validation_set import selection_documents
 from cbtm.progress import progress
 from cbtm.run import Run
+from cbtm.stages.averages import average
+from cbtm.stages.held_out import HeldOut, distances, held_out, open_router_parts, validation_set
 from cbtm.stages.tracked import child
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.job import TrainJob, ValidationData
@@ -24,6 +28,8 @@ from cbtm.train.slots import device_slot
 def train(run: Run, member: Member) -> Manifest:
     """Train one member, or take over a given seed model."""
     spec = run.train_spec(member)
+    if member.kind == "average":
+        return run_stage(spec, lambda work: average(run, member, work))
     made = run_stage(spec, lambda work: _train(run, member, work))
     # After publication only: until then the checkpoint is all there is.
     Checkpoints(run.uri("checkpoints", member.name), key=spec.key, scratch=Path()).clear()
@@ -126,23 +132,53 @@ def _take_over_seed(run: Run, path: str, work: Path) -> dict[str, Any]:
     return {"member": "seed", "kind": "seed", "cluster": None, "source": source}
 
 
-def score(run: Run, member: Member, work: Path) -> dict[str, Any]:
-    """Build one member's scores in `work`."""
+def score(run: Run, member: Member) -> Manifest:
+    """Score the validation tokens under one member."""
+    spec = run.score_spec(member)
+    blocks = ScoreBlocks(run.uri("checkpoints", f"scores-{member.name}"), key=spec.key)
+    made = run_stage(spec, lambda work: _score(run, member, work, blocks))
+    blocks.clear()  # after publication only, as a training's checkpoints
+    return made
+
+
+def _score(run: Run, member: Member, work: Path, blocks: ScoreBlocks) -> dict[str, Any]:
     scratch = work.parent
     config = run.config
     spec = run.train_spec(member)
-    documents, _ = run.validation_documents(scratch)
-    prefix = None
-    if run.cluster_tokens(member) is not None and member.cluster is not None:
-        prefix = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch)).vocab_size + member.cluster
+    held = held_out(run, scratch)
+    needed = _needed(run, member, held, scratch) if run.scored_sparsely(member) else None
+    folder = run.fetch(spec, scratch)
     with device_slot(1, threads=config.score.threads), progress(f"score:{member.name}", "tokens") as shown:
         return score_documents(
-            load_model(run.fetch(spec, scratch)),
-            documents,
+            load_model(folder),
+            held.rows,
             config.score,
             context_length=config.train.context_length,
             facts={"member": member.name, "cluster": member.cluster, "model_digest": run.load(spec).digest},
             folder=work,
-            prefix_token=prefix,
+            prefix_token=prefix_token(run, member, scratch),
+            needed=needed,
+            blocks=blocks,
             progress=shown.update,
         )
+
+
+def prefix_token(run: Run, member: Member, scratch: Path) -> int | None:
+    """The cluster token that a member was trained with in front of each sequence; None without."""
+    if run.cluster_tokens(member) is None or member.cluster is None:
+        return None
+    return TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch)).vocab_size + member.cluster
+
+
+def _needed(run: Run, member: Member, held: HeldOut, scratch: Path) -> list[NDArray[np.bool_]]:
+    """The tokens whose context has this expert among the nearest."""
+    top_k = run.config.score.top_k
+    assert top_k is not None  # asked only where the run scores sparsely
+    clusterer, tokenizer = open_router_parts(run, scratch)
+    validation = validation_set(run, held, tokenizer)
+    near = distances(run, clusterer, tokenizer, validation, scratch)
+    trained = run.config.trained_clusters
+    if len(trained) < clusterer.n_clusters:
+        near = near[:, trained]
+    assert member.cluster is not None
+    return top_k_needed(near, validation.offsets, trained.index(member.cluster), top_k)

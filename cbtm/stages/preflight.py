@@ -12,6 +12,7 @@ from cbtm.cluster.clusterer import read_settings
 from cbtm.cluster.devices import find_device
 from cbtm.cluster.labels import label_files
 from cbtm.errors import ConfigError
+from cbtm.merge.tasks import read_task
 from cbtm.plan import Plan
 from cbtm.run import Run
 from cbtm.run_config import CONFIG_FILE
@@ -23,8 +24,9 @@ def plan(run: Run) -> Plan:
 
     Raises:
         ConfigError: If seed model and tokenizer are not there or do not belong together, a given clusterer has
-            another number of clusters, or what k-means shall run on is not there.
-        DataError: If a split is empty, or a corpus file has no labels or assignments where they are given.
+            another number of clusters, what k-means shall run on is not there, or a few-shot task has no files.
+        DataError: If a split is empty, a corpus file has no labels or assignments where they are given, or a line of a
+            few-shot task is no example.
         ManifestError: If a given clusterer is none.
         StorageError: If the root cannot be written, or the corpus cannot be read.
     """
@@ -34,6 +36,8 @@ def plan(run: Run) -> Plan:
     run.pin_sources()
     _check_seed(run)
     _check_cluster(run)
+    for task in run.config.tasks:
+        read_task(task)
     open_parent(run)
     return made
 

@@ -1,5 +1,7 @@
-"""The last stage: from scores and text to result.json, report.html, and the evaluation's run in the tracker."""
+"""The last stage: from scores and text to result.json, settings.csv and report.html, and the run in the tracker."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,26 +14,26 @@ from numpy.typing import NDArray
 import cbtm
 from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer
+from cbtm.cluster.clusterer import DOMAINS_FILE
 from cbtm.cluster.domains import DOMAINS_FORMAT, balance
-from cbtm.corpus import Document
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
-from cbtm.merge.evaluator import Scores, ValidationSet, context_distances
+from cbtm.merge.binding import check_experts
 from cbtm.merge.evaluator import evaluate as evaluate_scores
 from cbtm.merge.report import render_report
+from cbtm.merge.routed_text import routed_pieces, spread
+from cbtm.merge.router import routing_weights
 from cbtm.merge.scorer import LOG_PROBS_FILE, OFFSETS_FILE
+from cbtm.merge.validation_set import Scores, ValidationSet, selection_documents, token_starts
 from cbtm.plan import Part
 from cbtm.progress import progress
-from cbtm.run import REPORT_FILE, RESULT_FILE, Run
-from cbtm.stages.tracked import child, finish_parent
-from cbtm.tokens import DocumentRecord
-from cbtm.tracking import RunKind
-from cbtm.train.expert import CURVE_FILE, EXPERT_FILE
+from cbtm.run import REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
+from cbtm.stages.few_shot import evaluate_tasks
+from cbtm.stages.held_out import distances, held_out, open_router_parts, validation_set
+from cbtm.stages.result_tracking import track
+from cbtm.stages.tracked import finish_parent
+from cbtm.train.job import CURVE_FILE
 from cbtm.train.member import Kind, Member
-
-DOMAIN_TABLE_FILE = "domain_table.json"
-"""Artifact of the evaluation's run in the tracker: the domains as MLflow's tables are stored."""
 
 
 def evaluate(run: Run) -> Manifest:
@@ -43,24 +45,58 @@ def evaluate(run: Run) -> Manifest:
 
 def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     scratch = work.parent
-    _check_bindings(run, scratch)
+    _check_bindings(run)
     clusterer_folder = run.fetch(run.cluster_spec(), scratch)
-    clusterer = Clusterer.load(clusterer_folder)
-    tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
-    validation = _validation_set(run, scratch)
+    clusterer, tokenizer = open_router_parts(run, scratch)
+    held = held_out(run, scratch)
+    validation = validation_set(run, held, tokenizer)
     scores = _scores(run, validation.offsets, scratch)
-    with progress("evaluate", "documents") as shown:
-        distances = context_distances(clusterer, tokenizer, validation, shown.update)
-    measured = evaluate_scores(run.config.evaluate, validation, scores, distances)
-    described = read_domains(clusterer_folder / DOMAINS_FILE)
-    result = _result(run, measured, described)
+    near = distances(run, clusterer, tokenizer, validation, scratch)
+    with progress("evaluate", "settings") as shown:
+        measured = evaluate_scores(
+            run.config.evaluate, validation, scores, near, body_share=_body_share(run), progress=shown.update
+        )
+    measured["routing"] = _routed_documents(measured, validation, near, tokenizer)
+    if run.config.tasks:
+        measured["tasks"] = evaluate_tasks(run, clusterer, tokenizer, measured, scratch)
+    result = _result(run, measured, read_domains(clusterer_folder / DOMAINS_FILE))
     (work / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (work / SETTINGS_FILE).write_text(settings_table(result["ensemble"]), encoding="utf-8")
     (work / REPORT_FILE).write_text(render_report(result, _curves(run)), encoding="utf-8")
-    table = scratch / DOMAIN_TABLE_FILE
-    table.write_text(json.dumps(domain_table(result["domains"]), ensure_ascii=False) + "\n", encoding="utf-8")
-    _track(run, result, [work / RESULT_FILE, work / REPORT_FILE, clusterer_folder / DOMAINS_FILE, table])
+    track(run, result, [work / RESULT_FILE, work / SETTINGS_FILE, work / REPORT_FILE], clusterer_folder, scratch)
     dense = result["dense"]["perplexity"] if result["dense"] else None
-    return {"dense": dense, "ensemble": _best(result)["perplexity"]}
+    return {"dense": dense, "ensemble": best_setting(result)["perplexity"]}
+
+
+def _body_share(run: Run) -> float:
+    """Part of the work of a forward pass at one token that is done before the head."""
+    return float(run.load(run.score_spec(Member("seed"))).metadata["body_share"])
+
+
+def _routed_documents(
+    measured: Mapping[str, Any], validation: ValidationSet, near: NDArray[np.float32], tokenizer: TextTokenizer
+) -> list[dict[str, Any]]:
+    """Some reported documents, cut where the expert that is nearest changes, under the chosen setting."""
+    best = best_setting(measured)
+    mixed = measured["experts_evaluated"]
+    offsets = validation.offsets
+    shown = []
+    for place in spread(validation.clusters, ~selection_documents(len(validation.tokens))):
+        starts = token_starts(tokenizer, validation.texts[place], validation.tokens[place], validation.first, place)
+        weights = routing_weights(
+            near[offsets[place] : offsets[place + 1]][:, mixed],
+            temperature=best["temperature"],
+            distance_power=best["distance_power"],
+            top_k=best["top_k"],
+        )
+        shown.append(
+            {
+                "sp_id": None if validation.sp_ids is None else validation.sp_ids[place],
+                "cluster": int(validation.clusters[place]),
+                "pieces": [list(piece) for piece in routed_pieces(validation.texts[place], starts[1:], weights, mixed)],
+            }
+        )
+    return shown
 
 
 def read_domains(path: Path) -> dict[str, Any]:
@@ -78,45 +114,14 @@ def read_domains(path: Path) -> dict[str, Any]:
     return dict(described)
 
 
-def _check_bindings(run: Run, scratch: Path) -> None:
+def _check_bindings(run: Run) -> None:
     """Refuse an expert that was trained for another cluster, or under another clusterer, than the router's."""
-    clusterer = run.clusterer_digest
-    for member in run.config.members:
-        spec = run.train_spec(member)
-        found = json.loads(storage.read_bytes(storage.join(spec.root, EXPERT_FILE)))
-        if found["clusterer_digest"] != clusterer:
-            raise ManifestError(
-                f"{spec.root} was trained under clusterer {found['clusterer_digest'][:12]}, the router has "
-                f"{clusterer[:12]}: weights would go to the wrong experts; train it again"
-            )
-        if found["cluster"] != member.cluster:
-            raise ManifestError(f"{spec.root} is the expert of cluster {found['cluster']}, not of {member.cluster}")
-
-
-def _validation_set(run: Run, scratch: Path) -> ValidationSet:
-    documents, clusters = run.validation_documents(scratch)
-    records = list(documents.records())
-    there = {document.sp_id: document for document in run.documents("validation")}
-    missing = [record.sp_id for record in records if record.sp_id not in there]
-    if missing:
-        raise ManifestError(f"validation document {missing[0]} is no longer in the corpus; run the assign stage again")
-    found = [there[record.sp_id] for record in records]
-    return ValidationSet(
-        texts=[document.text for document in found],
-        tokens=list(documents.documents()),
-        clusters=clusters,
-        n_bytes=np.array([answer_bytes(*pair) for pair in zip(found, records, strict=True)], dtype=np.int64),
-        counted=list(documents.learned_targets()) if documents.has_prompts else None,
-    )
-
-
-def answer_bytes(document: Document, record: DocumentRecord) -> int:
-    """UTF-8 bytes of a document after its prompt.
-
-    A token that begins in the prompt and ends after it counts, and its bytes in the prompt do not: bits per byte are
-    then of the same text for every tokenizer, and never too low.
-    """
-    return record.n_bytes - len(document.text[: document.prompt].encode())
+    for kind in ("expert", "random"):
+        members = {one.cluster: one for one in run.config.members if one.kind == kind and one.cluster is not None}
+        check_experts(
+            {cluster: run.train_spec(member).root for cluster, member in members.items()},
+            clusterer_digest=run.clusterer_digest,
+        )
 
 
 def _scores(run: Run, offsets: NDArray[np.int64], scratch: Path) -> Scores:
@@ -124,18 +129,20 @@ def _scores(run: Run, offsets: NDArray[np.int64], scratch: Path) -> Scores:
         folder = run.fetch(run.score_spec(member), scratch / member.name)
         if not np.array_equal(np.load(folder / OFFSETS_FILE), offsets):
             raise ManifestError(f"the scores of {member.name} are of other documents; run the score stage again")
-        values: NDArray[np.float32] = np.load(folder / LOG_PROBS_FILE)
+        values: NDArray[np.float32] = np.load(folder / LOG_PROBS_FILE, mmap_mode="r")
         return values
 
-    def stack(kind: str) -> NDArray[np.float32]:
-        return np.stack([read(member) for member in run.config.members if member.kind == kind])
+    def all_of(kind: str) -> list[NDArray[np.float32]]:
+        return [read(member) for member in run.config.members if member.kind == kind]
 
     return Scores(
         seed=read(Member("seed")),
-        experts=stack("expert"),
+        experts=all_of("expert"),
         dense=read(Member("dense")) if run.config.train.dense else None,
-        random=stack("random") if run.config.train.random_clusters else None,
-        clusters=run.config.train.trained_clusters(run.config.cluster.n_clusters),
+        random=all_of("random") if run.config.train.random_clusters else None,
+        averages={str(member.recipe): read(member) for member in run.config.averages},
+        clusters=run.config.trained_clusters,
+        top_k=run.config.score.top_k,
     )
 
 
@@ -212,26 +219,12 @@ def tokens_seen(trained: Mapping[Member, Mapping[str, Any]]) -> dict[str, int | 
     return {name: sum(counts) if counts else None for name, counts in seen.items()}
 
 
-def domain_table(domains: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The domains as columns and rows, which is how MLflow stores a table (`mlflow.load_table` reads it)."""
-    columns = ["cluster", "top_terms", "documents", "tokens", "share_documents", "share_tokens", "fit_documents"]
-    rows = [
-        [
-            *(", ".join(domain[name]) if name == "top_terms" else domain[name] for name in columns),
-            domain["radius"],
-            ", ".join(str(one["cluster"]) for one in domain["neighbours"]),
-            ", ".join(f"{one['label']} {one['share']:.2f}" for one in domain["labels"]),
-        ]
-        for domain in domains
-    ]
-    return {"columns": [*columns, "radius", "neighbours", "labels"], "data": rows}
-
-
 def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
     config = run.config
     train, validation = _counts(run, "train"), _counts(run, "validation")
     documents, tokens = (sum(counts[key] for counts in train) for key in ("documents", "tokens"))
     trained = {member: run.load(run.train_spec(member)).metadata for member in config.members}
+    averages = {member.recipe: run.load(run.train_spec(member)).metadata for member in config.averages}
     domains, sizes = domain_entries(described, train)
     by_cluster = {domain["cluster"]: domain for domain in domains}
     experts = [
@@ -263,7 +256,13 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
         "tokens_seen": tokens_seen(trained),
         "steps": config.train.steps,
         "clusters_trained": [row["cluster"] for row in experts],
+        "routing_settings": {**config.routing.model_dump(mode="json"), "preset": config.preset},
+        "scoring": _scoring(run),
         **measured,
+        "averages": [
+            {**row, **{name: averages[row["name"]][name] for name in ("experts", "weights")}}
+            for row in measured["averages"]
+        ],
         "experts": experts,
         "domains": domains,
         "map": described["map"],
@@ -275,15 +274,19 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of work in each stage, summed over its tasks; of a task that was resumed, its last try."""
     members = (Member("seed"), *run.config.members)
+    averages = run.config.averages
     specs = {
         "tokenizer": [run.tokenizer_spec()],
         "cluster": [run.cluster_spec()],
         "assign": [run.assign_spec(group.name) for group in run.plan_made.groups],
         "seed": [run.train_spec(members[0])],
         "train": [run.train_spec(member) for member in members[1:]],
-        "score": [run.score_spec(member) for member in members],
+        "average": [run.train_spec(member) for member in averages],
+        "score": [run.score_spec(member) for member in run.scored_members],
+        "tasks": [run.tasks_spec(member) for member in run.scored_members if run.config.tasks],
     }
-    return {stage: round(sum(run.load(spec).metadata["seconds"] for spec in some), 1) for stage, some in specs.items()}
+    found = {stage: [run.load(spec).metadata["seconds"] for spec in some] for stage, some in specs.items() if some}
+    return {stage: round(sum(seconds), 1) for stage, seconds in found.items()}
 
 
 def _cost(run: Run) -> list[dict[str, Any]]:
@@ -301,71 +304,35 @@ def _curves(run: Run) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
-def _best(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen setting with the most experts."""
+def _scoring(run: Run) -> dict[str, Any]:
+    """What the scores cost: one pass of each model, whatever the number of settings."""
+    members = run.scored_members
+    facts = [run.load(run.score_spec(member)).metadata for member in members]
+    experts = [one["compute_share"] for member, one in zip(members, facts, strict=True) if member.kind == "expert"]
+    sums = {name: sum(one[name] for one in facts) for name in ("forward_passes", "tokens_scored", "tokens_fed")}
+    return {
+        "models": len(members),
+        **sums,
+        "compute_share": sum(experts) / len(experts),
+        "top_k": run.config.score.top_k,
+    }
+
+
+def best_setting(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen setting of the paper's ensemble with the most experts."""
     best: dict[str, Any] = next(row for row in result["ensemble"] if row["selected"])
     return best
 
 
-def _track(run: Run, result: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
-    """Log every figure that people compare: the same keys for every model, top-k as the step of the ensemble."""
-    corpus = run.config.corpus
-    kinds: tuple[RunKind, ...] = ("seed", "dense", "random")
-    for name in kinds:
-        if result[name]:
-            with child(
-                run, f"evaluation-{name}" if name == "random" else name, "random" if name == "random" else name
-            ) as tracker:
-                tracker.log_metrics(_figures(result[name]), run.config.train.steps)
-    for expert in result["experts"]:
-        member = Member("expert", expert["cluster"])
-        with child(run, member.name, "expert", cluster=member.cluster) as tracker:
-            tracker.log_metrics({"eval/perplexity": expert["perplexity"]}, run.config.train.steps)
-    with child(run, "ensemble", "ensemble") as tracker:
-        digest = run.plan_made.digest("validation")[:32]
-        tracker.log_dataset(corpus.root, storage.join(corpus.root, corpus.validation_split), digest, "validation")
-        chosen = [row for row in result["ensemble"] if row["selected"]]
-        for row in chosen:
-            tracker.log_metrics({f"eval/top_k/{name}": value for name, value in _plain(row).items()}, row["top_k"])
-        best = _best(result)
-        chosen_by = {key: best[key] for key in ("distance_power", "temperature", "top_k")}
-        tracker.log_params({**chosen_by, "clusters_trained": result["clusters_trained"]})
-        tracker.log_metrics(_figures(best), run.config.train.steps)
-        tracker.log_metrics(cluster_figures(result, run.load(run.cluster_spec()).metadata), run.config.train.steps)
-        for path in artifacts:
-            tracker.log_artifact(path)
-        # By this tag MLflow's pages know which artifacts are tables.
-        tracker.set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": DOMAIN_TABLE_FILE, "type": "table"}])})
-
-
-def cluster_figures(result: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of the clusterer for the tracker; what is not known, such as the ratio to an empty domain, is left out.
-
-    Args:
-        result: The content of result.json.
-        facts: Metadata of the clusterer's manifest.
-    """
-    labels = result["labels"] or {}
-    values = {
-        "balance_documents": result["balance"]["documents"]["ratio"],
-        "balance_tokens": result["balance"]["tokens"]["ratio"],
-        "explained_energy": facts.get("explained_energy"),
-        "inertia": facts.get("inertia"),
-        "nmi": labels.get("nmi"),
-        "purity": labels.get("purity"),
-    }
-    return {f"cluster/{name}": value for name, value in values.items() if value is not None}
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: row[name] for name in ("perplexity", "bits_per_byte", "temperature", "distance_power")}
-
-
-def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    low, high = row["interval"]
-    return {
-        "eval/perplexity": row["perplexity"],
-        "eval/bits_per_byte": row["bits_per_byte"],
-        "eval/perplexity_low": low,
-        "eval/perplexity_high": high,
-    }
+def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every ensemble setting as CSV, one a line; intervals in two columns, infinity as nothing."""
+    out = io.StringIO()
+    intervals = [name for name, value in rows[0].items() if name.endswith("interval")]
+    names = [name for name in rows[0] if name not in intervals]
+    columns = [*names, *(f"{name}_{end}" for name in intervals for end in ("low", "high"))]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        ends = [end for name in intervals for end in (row[name] or (None, None))]
+        writer.writerow([row[name] for name in names] + ends)
+    return out.getvalue()

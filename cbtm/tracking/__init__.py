@@ -36,7 +36,7 @@ __all__ = [
     "start_parent_run",
 ]
 
-RunKind = Literal["parent", "seed", "dense", "expert", "random", "ensemble"]
+RunKind = Literal["parent", "seed", "dense", "expert", "random", "average", "ensemble"]
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # No quote among them: keys become part of MLflow's search expressions.

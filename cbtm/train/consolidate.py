@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from cbtm import manifest, storage
 from cbtm.branch.seed import WEIGHTS, load_model, save_model
+from cbtm.branch.tokenizer import TOKENIZER_FILES
 from cbtm.errors import ConfigError, ManifestError
 from cbtm.train.checkpoint import checkpoint_shapes, fetch_checkpoint, load_checkpoint
-from cbtm.train.expert import EXPERT_FILE, TOKENIZER_FILES
+from cbtm.train.job import EXPERT_FILE
 from cbtm.train.sharding import MODEL
 
 _STEP = re.compile(r"step-\d+")

@@ -13,12 +13,12 @@ import numpy as np
 
 from cbtm.branch.cluster_tokens import add_cluster_tokens, cluster_token, extend_vocabulary
 from cbtm.branch.seed import load_model, save_model
-from cbtm.branch.tokenizer import TextTokenizer
+from cbtm.branch.tokenizer import TOKENIZER_FILES, TextTokenizer
 from cbtm.tokens import TokenDocuments
 from cbtm.train.checkpoint import Checkpoints
 from cbtm.train.cost import cost_of
 from cbtm.train.data import BlockOrder
-from cbtm.train.job import TrainJob
+from cbtm.train.job import CURVE_FILE, EXPERT_FILE, TrainJob
 from cbtm.train.member import Member
 from cbtm.train.ranks import Ranks, choose_device, joined
 from cbtm.train.trainer import Report, TrainResult, train
@@ -26,9 +26,6 @@ from cbtm.train.validation import Validation
 
 if TYPE_CHECKING:
     from torch import nn
-
-EXPERT_FILE, CURVE_FILE = "expert.json", "training.jsonl"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def train_expert(

@@ -13,6 +13,9 @@ from cbtm.tokens import TokenDocuments
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.member import Member
 
+EXPERT_FILE, CURVE_FILE = "expert.json", "training.jsonl"
+"""In a trained model's folder: what it is bound to, and its training curve."""
+
 Shards = tuple[tuple[Path, str], ...]  # folder and stem of each token shard
 
 

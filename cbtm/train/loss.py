@@ -187,12 +187,25 @@ class CausalLoss:
         flat = flat.masked_fill(ignored, 0)
         out = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         head = self._weight().to(_compute_dtype(self._weight())).T if self.plain_head else None
-        for start in range(0, len(flat), CHUNK_ROWS):
-            piece = rows[start : start + CHUNK_ROWS]
-            chunk = (piece if head is None else piece.to(head.dtype) @ head).float()  # (n, V)
-            target = flat[start : start + CHUNK_ROWS]
-            out[start : start + CHUNK_ROWS] = chunk.gather(1, target[:, None])[:, 0] - torch.logsumexp(chunk, dim=1)
-        # A backend's logsumexp may round to below its largest term; ensembles refuse what is above 0. NaN stays NaN.
+        size = _chunk_rows(flat.device)
+        # One chunk's logits, written over and over: a new tensor of this size is new pages for each chunk.
+        n_logits = rows.shape[1] if head is None else head.shape[1]
+        buffer = rows.new_empty((min(size, len(flat)), n_logits), dtype=torch.float32)
+        for start in range(0, len(flat), size):
+            piece, target = rows[start : start + size], flat[start : start + size, None]
+            logits = buffer[: len(piece)]  # (n, V)
+            if head is None:
+                logits.copy_(piece)
+            elif head.dtype == piece.dtype == torch.float32:
+                torch.mm(piece, head, out=logits)
+            else:
+                logits.copy_(piece.to(head.dtype) @ head)
+            at_target, top = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+            # In place and row by row, where logsumexp writes all exponentials to new memory. The largest probability is
+            # 1 over the sum of exp(logit - top), as in the loss.
+            torch.softmax(logits, dim=1, out=logits)
+            out[start : start + size] = (at_target - top + logits.amax(dim=1, keepdim=True).log())[:, 0]
+        # A backend may round to above 0, which ensembles refuse. NaN stays NaN.
         out.clamp_(max=0.0).masked_fill_(ignored, 0.0)
         if learned is not None:
             out = out.new_zeros(targets.numel()).index_copy_(0, learned, out)

@@ -92,7 +92,8 @@ def test_tracker_has_a_parent_with_a_child_for_each_model(finished):
     for run in runs:
         by_kind.setdefault(run.data.tags["cbtm.kind"], []).append(run)
     assert {kind: len(some) for kind, some in by_kind.items()} == {
-        "parent": 1, "seed": 1, "dense": 1, "expert": 2, "random": 3, "ensemble": 1,
+        "parent": 1, "seed": 1, "dense": 1, "expert": 2, "random": 3, "average": 2,
+        "ensemble": 8,  # the chosen one, its top-1, and product, bayes, posterior, uniform, prior and oracle
     }  # fmt: skip
     parent = by_kind.pop("parent")[0]
     assert parent.info.status == "FINISHED"
@@ -101,14 +102,22 @@ def test_tracker_has_a_parent_with_a_child_for_each_model(finished):
         assert run.info.status == "FINISHED"
         assert run.data.params["cbtm.n_clusters"] == "2"
     result = result_of(finished / "runs/small")
-    dense, ensemble = by_kind["dense"][0], by_kind["ensemble"][0]
+    dense = by_kind["dense"][0]
+    (ensemble,) = [run for run in by_kind["ensemble"] if run.info.run_name == "small/ensemble"]
+    figures = {"eval/perplexity", "eval/bits_per_byte", "eval/nats", "eval/perplexity_low", "eval/dense_ratio"}
+    for kind in ("seed", "dense", "average", "ensemble"):
+        assert all(figures <= set(run.data.metrics) for run in by_kind[kind]), kind
+    by_top_k = client.get_metric_history(ensemble.info.run_id, "eval/top_k/perplexity")
+    assert [point.step for point in by_top_k] == [2, 1]
+    by_temperature = client.get_metric_history(ensemble.info.run_id, "eval/temperature/perplexity")
+    assert [point.step for point in by_temperature] == [50, 500]  # thousandths
     assert dense.data.metrics["eval/perplexity"] == pytest.approx(result["dense"]["perplexity"])
     assert dense.inputs.dataset_inputs[0].dataset.name
     steps = [point.step for point in client.get_metric_history(dense.info.run_id, "train/loss")]
     assert steps == [5, 10, 15, 20]
     assert {"train/learning_rate", "train/tokens_per_second"} <= set(dense.data.metrics)
     artifacts = {item.path for item in client.list_artifacts(ensemble.info.run_id)}
-    assert artifacts == {"result.json", "report.html", "domains.json", "domain_table.json"}
+    assert artifacts == {"result.json", "settings.csv", "report.html", "domains.json", "domain_table.json"}
 
 
 def test_second_run_takes_seconds_and_changes_nothing(finished, installed):

@@ -5,165 +5,21 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hand_made_result import (
+    HOSTILE,
+    Page,
+    make_curves,
+    make_result,
+    make_subset,
+    svgs,
+)
 
 from cbtm.errors import ConfigError, DataError
 from cbtm.merge.figures import format_change, format_perplexity, plain_text, smooth_curve
-from cbtm.merge.report import HeadlineRow, format_table, headline_rows, render_report, verdict
-
-HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x onerror=alert(1)>"
-
-
-def arm(perplexity: float) -> dict[str, Any]:
-    return {
-        "perplexity": perplexity,
-        "bits_per_byte": math.log2(perplexity) / 4,  # four bytes a token
-        "interval": [perplexity * 0.98, perplexity * 1.02],
-    }
-
-
-def ensemble_row(top_k: int, temperature: float, perplexity: float, *, selected: bool, dense: float) -> dict[str, Any]:
-    ratio = perplexity / dense
-    return {
-        "ensemble": "clustering", "distance_power": 2.0, "temperature": temperature, "top_k": top_k,
-        **arm(perplexity), "selected": selected, "selection_perplexity": perplexity + 1, "experts_used": float(top_k),
-        "dense_ratio": ratio, "dense_ratio_interval": [ratio - 0.01, ratio + 0.01],
-    }  # fmt: skip
-
-
-def make_result(n_clusters: int = 4, dense: float = 50.0, best: float = 40.0) -> dict[str, Any]:
-    """All experts reach `best`; each halving of top_k costs 1. The unselected temperature is better by 5."""
-    rows, top_k, perplexity = [], n_clusters, best
-    while top_k:
-        rows.append(ensemble_row(top_k, 0.1, perplexity, selected=True, dense=dense))
-        rows.append(ensemble_row(top_k, 1.0, perplexity - 5, selected=False, dense=dense))
-        top_k, perplexity = top_k // 2, perplexity + 1
-    uniform = {**rows[0], **arm(70.0), "ensemble": "uniform", "distance_power": None, "temperature": None}
-    rows.append({**uniform, "top_k": n_clusters, "selected": False, "dense_ratio": 70.0 / dense})
-    clusters = range(n_clusters)
-    share = 1 / n_clusters
-    return {
-        "format": 1,
-        "run": {
-            "name": "by hand", "root": "runs/by-hand", "created": "2025-01-02T03:04:05+00:00",
-            "cbtm_version": "0.1.0", "seconds": {"fit": 2.5, "train": 125.0},
-            "cost": [
-                {"member": "dense", "device": "NVIDIA H100", "seconds": 7300.0, "tokens_per_second": 45000.0,
-                 "flops": 2.5e18, "utilisation": 0.345, "price": 6.08, "devices": 8, "tokens": 328_500_000},
-                {"member": "cluster-00000", "device": "cpu (x86_64)", "seconds": 61.0, "tokens_per_second": 900.0,
-                 "flops": 3e12, "utilisation": None, "price": None, "devices": 1, "tokens": 54_900},
-            ],
-        },
-        "corpus": {
-            "root": "corpora/c8", "train_split": "train", "validation_split": "valid", "train_documents": 1000,
-            "train_tokens": 250_000_000, "validation_documents": 800, "validation_tokens": 200_000, "digest": "ab" * 32,
-        },
-        "n_clusters": n_clusters, "tokens_per_arm": 1_638_400, "steps": 400,
-        "n_documents": 400, "n_tokens": 100_000, "n_bytes": 400_000,
-        "selection": {"n_documents": 400, "n_tokens": 100_000},
-        "seed": arm(60.0), "dense": arm(dense), "random": arm(55.0),
-        "best_single_expert": {"cluster": 0, **arm(200.0)},
-        "ensemble": rows,
-        "experts": [
-            {"cluster": c, "perplexity": 200.0 + c, "documents": 9, "tokens": 99, "top_terms": ["a"]} for c in clusters
-        ],
-        "domains": [
-            {
-                "cluster": c, "documents": 10, "tokens": 1000, "share_documents": share, "share_tokens": share,
-                "top_terms": [f"term{c}", "naïve", "a_$x$", "<b>bold", *"efghij"],
-                "fit_documents": 10, "nearest_documents": 10, "radius": 0.5,
-                "position": [math.cos(c), math.sin(c)],
-                "neighbours": [{"cluster": other, "distance": 0.5} for other in clusters if other != c][:3],
-                "labels": [{"label": f"kind {c}", "share": 0.996}, {"label": "other", "share": 0.004}],
-                "examples": [{"sp_id": f"train/a.jsonl|{c}", "text": f"text of cluster {c}", "distance": 0.1}],
-                "borderline": [
-                    {"sp_id": f"train/b.jsonl|{c}", "text": f"edge of {c}", "margin": 0.01, "other": 0}
-                ] if c else [],
-            }
-            for c in clusters
-        ],
-        "by_domain": [
-            {
-                "cluster": c, "n_documents": 5, "n_tokens": 500, "seed": 60.0, "dense": dense, "random": 55.0,
-                "ensemble": best + c, "own_expert": best + c + 1,
-            }
-            for c in clusters
-        ],
-        "map": {"method": "stress majorisation", "distance_error": 0.21},
-        "balance": {
-            "documents": {"smallest": 4, "largest": 10, "ratio": 2.5},
-            "tokens": {"smallest": 1000, "largest": 3000, "ratio": 3.0},
-            "fit": {"smallest": 250, "largest": 251, "ratio": 1.004},
-        },
-        "labels": {
-            "n_labelled": 1000, "n_labels": 8, "nmi": 0.93, "purity": 0.97, "nearest": {"nmi": 0.91, "purity": 0.96},
-        },
-    }  # fmt: skip
-
-
-def make_subset(clusters: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
-    """A run of four clusters of which only some got an expert, which saw its share of the tokens and no more."""
-    result, few = make_result(4), make_result(len(clusters))
-    kept = {key: few[key] for key in ("ensemble", "experts")}
-    for row, cluster in zip(kept["experts"], clusters, strict=True):
-        row |= {"cluster": cluster, "tokens_seen": 409_600, "steps": 400}
-    for row in result["by_domain"]:
-        if row["cluster"] not in clusters:
-            row["own_expert"] = None
-    seen = 409_600 * len(clusters)
-    return {
-        **result,
-        **kept,
-        "clusters_trained": list(clusters),
-        "best_single_expert": {"cluster": clusters[-1], **arm(200.0)},
-        "tokens_seen": {"dense": 1_638_400, "experts": seen, "random": seen},
-    }
-
-
-def make_curves(n_clusters: int = 4, steps: int = 12) -> dict[str, list[dict[str, float]]]:
-    def curve(start: float) -> list[dict[str, float]]:
-        return [
-            {"step": s, "train/loss": start - 0.1 * s, "train/learning_rate": 1e-3, "train/tokens_per_second": 9600.0}
-            for s in range(1, steps + 1)
-        ]
-
-    members = [f"{kind}-{c:05}" for kind in ("cluster", "random") for c in range(n_clusters)]
-    return {"seed": curve(8.0), "dense": curve(4.0), **{member: curve(4.0) for member in members}}
-
-
-class Page(HTMLParser):
-    """What a browser would act on: the tags, their attributes, and the text between them."""
-
-    VOID = ("meta", "br", "img", "link", "input", "hr")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from cbtm.merge.report import headline_rows, render_report, verdict
 
 
 @pytest.fixture(scope="module")
@@ -171,104 +27,9 @@ def page() -> str:
     return render_report(make_result(), make_curves())
 
 
-def svgs(page: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-
-
-def test_headline_has_the_arms_in_order_with_their_change_to_dense():
-    rows = headline_rows(make_result())
-    assert [(row.name, row.perplexity) for row in rows] == [
-        ("seed model", 60.0),
-        ("dense model", 50.0),
-        ("random clusters", 55.0),
-        ("ensemble, all 4 experts", 40.0),
-        ("ensemble, top-2", 41.0),
-        ("ensemble, top-1", 42.0),
-        ("best single expert, cluster 0", 200.0),
-    ]
-    # 60/50 - 1, the dense model itself, 55/50 - 1, 40/50 - 1, 41/50 - 1, 42/50 - 1, 200/50 - 1
-    assert [row.change_to_dense for row in rows] == [
-        None if x is None else pytest.approx(x) for x in (0.2, None, 0.1, -0.2, -0.18, -0.16, 3.0)
-    ]
-    assert rows[1].interval == (49.0, 51.0)
-
-
-def test_a_better_row_that_was_not_selected_is_not_reported():
-    # At T = 1 every top_k is 5 better on the reported half, but T = 0.1 was chosen on the other half.
-    assert min(row.perplexity for row in headline_rows(make_result())) == 40.0
-
-
-def test_two_selected_rows_of_one_top_k_are_refused():
-    result = make_result()
-    result["ensemble"][1]["selected"] = True
-    with pytest.raises(DataError, match="two ensembles with top_k=4 are selected"):
-        headline_rows(result)
-
-
 def test_result_of_another_format_is_refused():
     with pytest.raises(DataError, match="format 2, this cbtm reads 1"):
         render_report({**make_result(), "format": 2}, {})
-
-
-def test_verdict_of_a_win():
-    # 40/50 = 0.80, interval of the ratio 0.79 to 0.81
-    assert verdict(make_result(best=40.0)) == (
-        "The ensemble of 4 experts reaches perplexity 40.0, 20.0 % below the dense model at equal training tokens "
-        "(95 % interval 19.0–21.0 %)."
-    )
-
-
-def test_verdict_of_a_loss():
-    # 55/50 = 1.10, interval of the ratio 1.09 to 1.11
-    assert verdict(make_result(best=55.0)) == (
-        "The ensemble of 4 experts reaches perplexity 55.0, 10.0 % above the dense model at equal training tokens "
-        "(95 % interval 9.0–11.0 %): on this corpus the dense model is the better one."
-    )
-
-
-def test_verdict_is_undecided_when_the_interval_includes_0():
-    # 49.75/50 = 0.995, interval of the ratio 0.985 to 1.005
-    assert verdict(make_result(best=49.75)) == (
-        "The ensemble of 4 experts (perplexity 49.8) and the dense model (50.0) cannot be told apart at equal training "
-        "tokens: the difference of −0.5 % has a 95 % interval of −1.5 % to +0.5 %, which includes 0."
-    )
-
-
-def test_verdict_without_a_dense_model_claims_nothing():
-    result = {**make_result(), "dense": None}
-    assert verdict(result) == (
-        "The ensemble of 4 experts reaches perplexity 40.0; "
-        "no dense model was trained at equal tokens to compare it with."
-    )
-
-
-def test_verdict_without_interval_says_so_and_without_ensemble_too():
-    result = make_result()
-    result["ensemble"][0]["dense_ratio_interval"] = None
-    assert verdict(result).endswith("at equal training tokens; no interval was computed.")
-    assert verdict({**result, "ensemble": []}) == "No ensemble of the experts was evaluated."
-
-
-def test_verdict_names_the_top_k_when_all_experts_were_not_evaluated():
-    result = make_result()
-    result["ensemble"] = [row for row in result["ensemble"] if row["top_k"] == 2]
-    assert verdict(result).startswith("The top-2 ensemble of 4 experts reaches perplexity 41.0, 18.0 % below")
-
-
-def test_verdict_on_a_subset_says_how_many_tokens_its_experts_saw():
-    # 2 of 4 experts with 409,600 tokens each, the dense model with 1,638,400.
-    assert verdict(make_subset()) == (
-        "The ensemble of 2 experts reaches perplexity 40.0, 20.0 % below the dense model on 50 % of its training "
-        "tokens (95 % interval 19.0–21.0 %)."
-    )
-    assert verdict(make_subset((2,))).startswith("The one expert reaches perplexity 40.0, 20.0 % below the dense model")
-    whole = {**make_result(), "tokens_seen": {"dense": 1_638_400, "experts": 1_638_000, "random": None}}
-    assert verdict(whole) == verdict(make_result())  # rounded steps
-
-
-def test_headline_of_a_subset_counts_the_experts_that_there_are():
-    names = [row.name for row in headline_rows(make_subset())]
-    assert names[3:] == ["ensemble, all 2 experts", "ensemble, top-1", "best single expert, cluster 3"]
 
 
 def test_page_of_a_subset_says_so_and_speaks_of_the_true_clusters():
@@ -328,19 +89,6 @@ def test_experts_with_different_numbers_of_steps_are_not_said_to_have_the_same()
     text = Page(render_report(result, {})).text
     assert "in the same number of steps" not in text
     assert "the 4 experts share them, each with 1/4 of the batch" in text
-
-
-def test_table_aligns_and_is_ascii():
-    rows = [
-        HeadlineRow("dense model", 50.0, 1.411, (49.0, 51.0), None),
-        HeadlineRow("ensemble, top-1", 1234.5, 2.5675, None, 23.69),
-    ]
-    assert format_table(rows).splitlines() == [
-        "                 perplexity  bits/byte  95 % interval   vs dense",
-        "dense model            50.0      1.411   49.0 to 51.0          -",
-        "ensemble, top-1       1,234      2.567              -  +2369.0 %",
-    ]
-    assert format_table(headline_rows(make_result())).isascii()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from cbtm.errors import ConfigError, DataError
-from cbtm.merge.router import PrefixRouter, routing_weights
+from cbtm.merge.router import PrefixRouter, context_positions, mean_routing_weights, routing_weights
 
 STOP_WORDS = ["the", "of", "aa"]
 DIMENSIONS, CLUSTERS = 12, 3
@@ -197,6 +197,107 @@ def test_arrays_of_different_clusterers_are_refused():
         PrefixRouter({"ab": 0}, np.ones((1, 2)), np.array([[np.nan, 0]]))
 
 
+# Some of the clusters
+
+
+def test_a_subset_has_the_columns_of_its_clusters_in_the_order_asked_for():
+    _, _, _, router = vectorizer_and_router(["some words", "other text"])
+    text, starts = "some other words", np.array([0, 4, 10, 16])
+    all_clusters = router.distances(text, starts)
+    # Equal up to the rounding of a matrix product of another shape.
+    np.testing.assert_allclose(router.subset([2, 0]).distances(text, starts), all_clusters[:, [2, 0]], atol=1e-6)
+    np.testing.assert_array_equal(router.distances(text, starts), all_clusters)  # itself unchanged
+    assert router.n_clusters == 3
+    assert router.subset([2, 0]).n_clusters == 2
+
+
+def test_a_subset_of_a_subset_counts_from_its_own_clusters():
+    router = PrefixRouter({"up": 0}, np.ones((1, 1), dtype=np.float32), np.array([[1.0], [3.0], [6.0]]))
+    # "up" is at 1; centres 3 and 6 are left, of which 6 is number 1
+    assert router.subset([1, 2]).subset([1]).distances("up", np.array([2])).tolist() == [[5]]
+
+
+@pytest.mark.parametrize("clusters", [[], [3], [-1], [0, 0]])
+def test_a_subset_of_clusters_that_are_not_there_is_refused(clusters):
+    _, _, _, router = vectorizer_and_router(["some words"])
+    message = f"clusters={clusters} is no choice of the 3 clusters; name one or more of 0 to 2, each once"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        router.subset(clusters)
+
+
+# Contexts
+
+
+def test_every_token_sees_all_text_before_it_unless_asked_otherwise():
+    assert context_positions(4).tolist() == [1, 2, 3, 4]
+    assert context_positions(4).dtype == np.int64
+    assert context_positions(0).tolist() == []
+
+
+def test_refresh_keeps_the_weights_of_the_first_of_so_many_tokens():
+    assert context_positions(7, refresh=3).tolist() == [1, 1, 1, 4, 4, 4, 7]
+    assert context_positions(7, refresh="once").tolist() == [1] * 7
+    assert context_positions(7, refresh=100).tolist() == [1] * 7
+
+
+def test_refresh_counts_from_the_first_token_behind_the_prompt():
+    # Tokens 1 and 2 are the prompt; 3, 4, 5 and then 6, 7 share.
+    assert context_positions(7, prompt=2, refresh=3).tolist() == [1, 2, 3, 3, 3, 6, 6]
+    assert context_positions(7, prompt=2, refresh="once").tolist() == [1, 2, 3, 3, 3, 3, 3]
+    assert context_positions(3, prompt=3, refresh="once").tolist() == [1, 2, 3]  # nothing behind it
+
+
+def test_weights_freeze_after_a_part_of_the_document():
+    assert context_positions(8, context_ratio=0.5).tolist() == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert context_positions(5, context_ratio=0.5).tolist() == [1, 2, 2, 2, 2]  # int(2.5)
+    assert context_positions(3, context_ratio=0.01).tolist() == [1, 1, 1]  # at least one
+
+
+def test_the_rules_apply_as_refresh_then_context_ratio_then_lag():
+    # refresh 2 behind token 1: 1 2 2 4 4 6 6 8; int(.7 * 8) = 5: 1 2 2 4 4 5 5 5; one back: 0 1 1 3 3 4 4 4
+    got = context_positions(8, prompt=1, refresh=2, context_ratio=0.7, lag=1)
+    assert got.tolist() == [0, 1, 1, 3, 3, 4, 4, 4]
+
+
+def test_a_lag_stops_at_the_empty_text():
+    assert context_positions(4, lag=3).tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("row", [["The", " cat", " sat", " down"], ["", "The", " cat", " sat", " down"]])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_lag_1_is_the_released_code_which_does_not_see_the_last_token(row, lag):
+    # With and without a separator, which has no text. The released code weighs the experts for the target after t
+    # input tokens by the text of tokens[:t - 1], and by an empty text for the first; lag 0 sees all t.
+    text = "".join(row)
+    starts = np.cumsum([0, *map(len, row)])[:-1]
+    contexts = [text[:start] for start in starts[context_positions(len(row) - 1, lag=lag)]]
+    assert contexts == ["".join(row[: t - lag]) for t in range(1, len(row))]
+    assert lag == 0 or contexts[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refresh": 0}, 'refresh=0 is not a number of tokens; use 1 or more, or "once"'),
+        ({"refresh": -2}, "refresh=-2"),
+        ({"context_ratio": 0}, "context_ratio=0 is not in (0, 1]; use 1 for the whole document"),
+        ({"context_ratio": 1.5}, "context_ratio=1.5"),
+        ({"context_ratio": float("nan")}, "context_ratio=nan"),
+        ({"lag": -1}, "lag=-1 would show a token to its own weights; use 0, or 1 for the reference's"),
+    ],
+)
+def test_settings_that_choose_no_context_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        context_positions(4, **settings)
+
+
+@pytest.mark.parametrize("prompt", [-1, 5])
+def test_a_prompt_longer_than_the_document_is_refused(prompt):
+    message = f"prompt={prompt} is not in [0, 4]; count only tokens of this document that are scored"
+    with pytest.raises(DataError, match=re.escape(message)):
+        context_positions(4, prompt=prompt)
+
+
 # Weights
 
 
@@ -275,3 +376,23 @@ def test_top_k_outside_of_the_experts_is_refused(top_k):
 def test_distances_that_are_no_distances_are_refused(wrong):
     with pytest.raises(DataError, match="distances must be finite and not negative"):
         routing_weights(np.array([1.0, wrong]), temperature=1)
+
+
+def test_mean_weights_are_those_of_the_chosen_tokens():
+    # Power 1, T = 1: distances 0 and ln 3 weigh 3/4 and 1/4, equal ones 1/2 each; the third token is not chosen.
+    distances = np.array([[0, np.log(3)], [1, 1], [0, 50]])
+    chosen = np.array([True, True, False])
+    weights = mean_routing_weights(distances, chosen, temperature=1, distance_power=1)
+    np.testing.assert_allclose(weights, [5 / 8, 3 / 8])
+
+
+def test_mean_weights_of_many_tokens_are_their_mean():
+    distances = np.random.default_rng(2).random((40_000, 3)).astype(np.float32)
+    weights = mean_routing_weights(distances, np.ones(40_000, dtype=bool), temperature=0.1)
+    np.testing.assert_allclose(weights, routing_weights(distances, temperature=0.1).mean(axis=0))
+    assert weights.sum() == pytest.approx(1)
+
+
+def test_the_mean_of_no_token_is_refused():
+    with pytest.raises(DataError, match="none of the 2 tokens is chosen"):
+        mean_routing_weights(np.ones((2, 2)), np.zeros(2, dtype=bool), temperature=1)

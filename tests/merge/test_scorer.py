@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbtm.branch.seed import ScratchModelConfig, create_model
-from cbtm.errors import DataError
-from cbtm.merge.scorer import ScoreConfig, Window, score_documents, windows
+from cbtm.errors import ConfigError, DataError
+from cbtm.merge import scorer
+from cbtm.merge.scorer import ScoreConfig, Window, score_documents, scored_rows, top_k_needed, windows
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 
 CONTEXT = 16
@@ -47,24 +48,27 @@ def documents(folder, lengths):
     return TokenDocuments([(folder, "text")])
 
 
-def score(folder, model, lengths, *, context_length=CONTEXT, prefix=None, progress=None, **config):
+def score(folder, model, lengths, *, context_length=CONTEXT, prefix=None, needed=None, progress=None, **config):
+    """Rows, scores by document, and facts."""
     out = folder / "scores"
     out.mkdir(parents=True, exist_ok=True)
-    found = documents(folder / "tokens", lengths)
+    settings = ScoreConfig(**config)
+    rows = scored_rows(documents(folder / "tokens", lengths).documents(), settings)
     facts = score_documents(
         model,
-        found,
-        ScoreConfig(**config),
+        rows,
+        settings,
         context_length=context_length,
         facts={"member": "dense"},
         folder=out,
         prefix_token=prefix,
+        needed=needed,
         progress=progress,
     )
     offsets = np.load(out / "offsets.npy")
     scores = np.load(out / "log_probs.npy")
     by_document = [scores[start:end] for start, end in pairwise(offsets)]
-    return list(found.documents()), by_document, facts
+    return rows, by_document, facts
 
 
 def naive(model, tokens, prefix=()):
@@ -147,6 +151,14 @@ def test_forward_passes_by_hand(tmp_path, model):
     assert facts["forward_passes"] == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes more at once")
+def test_a_cpu_is_fed_1024_tokens_at_most(tmp_path, model):
+    # 66 documents of 16: 64 of them, and 2.
+    *_, facts = score(tmp_path, model, (17,) * 66)
+    assert (facts["forward_passes"], facts["tokens_fed"]) == (2, 66 * 16)
+    assert ScoreConfig().max_batch_tokens > 66 * 16
+
+
 def test_long_document_is_scored_window_by_window(tmp_path, model):
     # 41 tokens, contexts of 16: windows feed 0-15, 16-31 and 32-39.
     (tokens,), (scores,), _ = score(tmp_path, model, (41,))
@@ -214,14 +226,17 @@ def test_facts_are_returned_and_written(tmp_path, model):
     assert facts == {
         "member": "dense",
         "documents": 9,
-        "tokens": sum(LENGTHS) - 9,
-        "forward_passes": len(seen),
+        "tokens": 74,  # the sum of the lengths less 9 separators
+        "tokens_scored": 74,
+        # To predict, sorted: 1, 1, 2, 4, 8 | 11, 15, 16, 16; padded to 5 x 8 and 4 x 16.
+        "forward_passes": 2,
+        "tokens_fed": 104,
+        "compute_share": 1.0,
         "negative_log_prob": pytest.approx(-flat.astype(np.float64).mean(), rel=1e-12),
     }
     assert json.loads((tmp_path / "scores/scores.json").read_text()) == facts
     assert (flat <= 0).all()
-    assert seen[-1] == (74, 74)
-    assert seen == sorted(seen)
+    assert seen == [(16, 74), (74, 74)]
 
 
 def test_a_model_that_knows_nothing_gives_every_token_the_same(tmp_path, model):
@@ -255,3 +270,240 @@ def test_broken_weights_are_an_error_that_counts_the_tokens(tmp_path):
 def test_no_document_is_an_error(tmp_path, model):
     with pytest.raises(DataError, match="the validation split holds no document"):
         score(tmp_path, model, ())
+
+
+def test_broken_weights_are_found_in_the_first_block(tmp_path):
+    config = ScratchModelConfig(hidden_size=16, n_layers=1, n_heads=2)
+    broken = create_model(config, vocab_size=300, separator_id=0, context_length=CONTEXT)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[5] = torch.nan
+    with pytest.raises(DataError, match="8 of 8 scores are NaN"):
+        score(tmp_path, broken, (9, 9, 9), block_tokens=8)
+
+
+def test_an_impossible_token_is_no_broken_weight(tmp_path):
+    made = create_model(
+        ScratchModelConfig(hidden_size=16, n_layers=1, n_heads=2), vocab_size=300, separator_id=0, context_length=16
+    )
+    head = torch.nn.Linear(16, 300)
+    with torch.no_grad():
+        head.bias[7] = -torch.inf
+    made.set_output_embeddings(head)
+    rows = [np.array([0, 5, 7, 9])]
+    facts = score_documents(made, rows, ScoreConfig(), context_length=CONTEXT, facts={}, folder=tmp_path)
+    first, second, third = np.load(tmp_path / "log_probs.npy").tolist()
+    assert (first < 0, second, third < 0) == (True, -math.inf, True)
+    assert (facts["tokens_scored"], facts["negative_log_prob"]) == (3, None)
+    assert "Infinity" not in (tmp_path / "scores.json").read_text()
+
+
+def test_documents_of_no_scored_token_have_no_score(tmp_path, model):
+    rows, scores, facts = score(tmp_path, model, (1, 9, 1))
+    assert [len(part) for part in scores] == [0, 8, 0]
+    np.testing.assert_allclose(scores[1], naive(model, rows[1]), rtol=1e-5, atol=1e-5)
+    _, scores, facts = score(tmp_path / "none", model, (1, 1))
+    assert [len(part) for part in scores] == [0, 0]
+    assert (facts["tokens"], facts["forward_passes"], facts["negative_log_prob"]) == (0, 0, None)
+    # Without its separator, a document of nothing else is no token at all.
+    rows, scores, _ = score(tmp_path / "without", model, (1, 2, 9), separator=False)
+    assert [len(row) for row in rows] == [0, 1, 8]
+    assert [len(part) for part in scores] == [0, 0, 7]
+
+
+# --- which tokens there are ---
+
+
+def test_rows_by_hand():
+    found = [np.array([0, 5, 6, 7], dtype=np.uint16), np.array([0], dtype=np.uint16), np.array([0, 8], dtype=np.uint16)]
+
+    def cut(**config):
+        rows = scored_rows(found, ScoreConfig(**config))
+        assert all(row.dtype == np.int64 for row in rows)
+        return [row.tolist() for row in rows]
+
+    assert cut() == [[0, 5, 6, 7], [0], [0, 8]]
+    assert cut(max_tokens=2) == [[0, 5, 6], [0], [0, 8]]  # the separator is none of the two
+    assert cut(max_tokens=1) == [[0, 5], [0], [0, 8]]
+    assert cut(separator=False) == [[5, 6, 7], [], [8]]
+    assert cut(separator=False, max_tokens=2) == [[5, 6], [], [8]]
+
+
+@pytest.mark.parametrize("prefix", [None, 299])
+def test_without_separator_the_model_sees_the_text_alone(tmp_path, model, prefix):
+    # As in the reference implementation: no BOS, the first token given, cut after so many tokens.
+    _, scores, facts = score(tmp_path, model, (9, 16, 4), prefix=prefix, separator=False, max_tokens=10)
+    assert [len(part) for part in scores] == [7, 9, 2]  # 8, 10 and 3 tokens, less the first
+    front = [] if prefix is None else [prefix]
+    for tokens, part in zip(documents(tmp_path / "again", (9, 16, 4)).documents(), scores, strict=True):
+        text = tokens[1:11]
+        row = torch.tensor([front + text.tolist()])
+        with torch.no_grad():
+            log_probs = model(input_ids=row).logits[0].double().log_softmax(dim=-1)
+        expected = [log_probs[len(front) + place - 1, text[place]].item() for place in range(1, len(text))]
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
+    assert facts["tokens"] == 18
+    _, seen, _ = score(tmp_path / "with", model, (9, 16, 4), prefix=prefix)
+    assert np.abs(seen[0][1:] - scores[0]).max() > 0.1
+
+
+def test_settings_that_score_nothing_are_refused():
+    with pytest.raises(ConfigError, match="max_tokens=1 with separator=false leaves no token to score"):
+        ScoreConfig.parse({"separator": False, "max_tokens": 1})
+    assert ScoreConfig.parse({"separator": False, "max_tokens": 2}).max_tokens == 2
+    for name in ("max_tokens", "max_documents", "top_k", "block_tokens"):
+        with pytest.raises(ConfigError, match=name):
+            ScoreConfig.parse({name: 0})
+
+
+def test_digest_is_of_what_decides_the_scores():
+    usual = ScoreConfig().result_digest()
+    for same in ({"threads": 3}, {"max_batch_tokens": 5}, {"block_tokens": 5}, {"top_k": 2}):
+        assert ScoreConfig(**same).result_digest() == usual
+    for other in ({"stride": 3}, {"separator": False}, {"max_tokens": 5}, {"max_documents": 5}):
+        assert ScoreConfig(**other).result_digest() != usual
+
+
+# --- where an expert is needed ---
+
+
+def test_nearest_experts_by_hand():
+    distances = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.2], [0.2, 0.2, 0.2], [0.3, 0.1, 0.2]], dtype=np.float32)
+    offsets = np.array([0, 1, 4])
+
+    def near(expert, top_k):
+        return [marks.tolist() for marks in top_k_needed(distances, offsets, expert, top_k)]
+
+    # Nearest first: 0 1 2, 1 2 0, 0 1 2 and 1 2 0; of equal ones the lower index.
+    assert near(0, 1) == [[True], [False, True, False]]
+    assert near(1, 1) == [[False], [True, False, True]]
+    assert near(2, 1) == [[False], [False, False, False]]
+    assert near(2, 2) == [[False], [True, False, True]]
+    assert near(1, 2) == [[True], [True, True, True]]
+    assert near(0, 3) == [[True], [True, True, True]]
+
+
+def test_nearest_experts_are_those_of_a_stable_sort(monkeypatch):
+    monkeypatch.setattr(scorer, "_RANKED_ROWS", 7)  # 40 rows in 6 parts
+    rng = np.random.default_rng(0)
+    distances = rng.integers(0, 4, size=(40, 6)).astype(np.float32)  # many ties
+    offsets = np.array([0, 13, 13, 40])
+    order = np.argsort(distances, axis=1, kind="stable")
+    for top_k in range(1, 7):
+        for expert in range(6):
+            marks = top_k_needed(distances, offsets, expert, top_k)
+            assert [len(row) for row in marks] == [13, 0, 27]
+            np.testing.assert_array_equal(np.concatenate(marks), (order[:, :top_k] == expert).any(axis=1))
+
+
+def test_wrong_distances_are_errors():
+    distances = np.zeros((4, 3), dtype=np.float32)
+    for expert, top_k in ((0, 0), (0, 4), (3, 1), (-1, 1)):
+        with pytest.raises(ConfigError, match=f"top_k={top_k} of expert {expert}: there are 3 experts"):
+            top_k_needed(distances, np.array([0, 4]), expert, top_k)
+    with pytest.raises(DataError, match="4 rows of distances for 5 scored tokens"):
+        top_k_needed(distances, np.array([0, 5]), 0, 1)
+    distances[2, 1] = np.nan
+    with pytest.raises(DataError, match="have a NaN"):
+        top_k_needed(distances, np.array([0, 4]), 0, 1)
+
+
+def marks_of(lengths, share, seed=1):
+    rng = np.random.default_rng(seed)
+    return [rng.random(length - 1) < share for length in lengths]
+
+
+@pytest.mark.parametrize("prefix", [None, 299])
+@pytest.mark.parametrize("stride", [None, 4])
+def test_needed_scores_are_those_of_the_full_pass_and_the_others_nan(tmp_path, model, prefix, stride):
+    lengths = (*LENGTHS, 40, 33, 90)
+    needed = marks_of(lengths, 0.2)
+    needed[-1][:50] = False  # whole windows
+    settings = {"prefix": prefix, "stride": stride, "max_batch_tokens": 64}
+    _, full, full_facts = score(tmp_path / "full", model, lengths, **settings)
+    _, some, facts = score(tmp_path / "some", model, lengths, needed=needed, **settings)
+    for marks, one, other in zip(needed, full, some, strict=True):
+        np.testing.assert_allclose(other[marks], one[marks], rtol=0, atol=1e-5)
+        assert np.isnan(other[~marks]).all()
+    n_needed = sum(int(marks.sum()) for marks in needed)
+    assert facts["tokens_scored"] == n_needed
+    assert facts["tokens"] == full_facts["tokens"] == full_facts["tokens_scored"]
+    assert facts["tokens_fed"] < full_facts["tokens_fed"]
+    assert facts["compute_share"] < full_facts["compute_share"] == 1
+    mean = -np.concatenate(some)[np.concatenate(needed)].mean(dtype=np.float64)
+    assert facts["negative_log_prob"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_needing_everything_changes_no_bit(tmp_path, model):
+    lengths = (*LENGTHS, 40)
+    _, full, facts = score(tmp_path / "full", model, lengths)
+    _, some, its_facts = score(tmp_path / "some", model, lengths, needed=marks_of(lengths, 2.0))
+    np.testing.assert_array_equal(np.concatenate(full), np.concatenate(some))
+    assert facts == its_facts
+
+
+def test_what_is_not_needed_does_not_reach_the_model(tmp_path, model):
+    # Contexts of 16. Document 0 is 41 tokens, windows of 16, 16 and 8 to predict; 1 and 2 are one window of 8 each.
+    needed = [np.zeros(length - 1, dtype=bool) for length in (41, 9, 9)]
+    needed[0][[16, 19, 39]] = True  # in window 1, whose 4th is the last, and the end of window 2
+    needed[2][0] = True
+    fed = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, out: fed.append(tuple(given[0].shape)))
+    try:
+        _, scores, facts = score(tmp_path, model, (41, 9, 9), needed=needed, max_batch_tokens=1)
+    finally:
+        hook.remove()
+    assert fed[:2] == [(1, 4), (1, 4)]  # how CausalLoss finds out about the head
+    assert fed[2:] == [(1, 1), (1, 4), (1, 8)]
+    assert (facts["forward_passes"], facts["tokens_fed"], facts["tokens_scored"]) == (3, 13, 4)
+    assert [int((~np.isnan(part)).sum()) for part in scores] == [3, 0, 1]
+
+
+def test_an_expert_that_is_nowhere_needed_costs_nothing(tmp_path, model):
+    seen = []
+    _, scores, facts = score(
+        tmp_path,
+        model,
+        LENGTHS,
+        needed=marks_of(LENGTHS, 0.0),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert np.isnan(np.concatenate(scores)).all()
+    assert (facts["forward_passes"], facts["tokens_fed"], facts["tokens_scored"]) == (0, 0, 0)
+    assert (facts["compute_share"], facts["negative_log_prob"]) == (0, None)
+    assert seen == []
+
+
+def test_share_of_compute_by_hand(tmp_path, model):
+    # Width 16, one layer: attention 4 (16 * 16 + 16) = 1088, feed-forward 2 * 16 * 64 + 64 + 16 = 2128, three layer
+    # norms of 32: a body of 3312. The head, which is the embeddings, 300 * 16 = 4800.
+    needed = [np.array([True, False, True, *[False] * 5]), np.zeros(4, dtype=bool)]
+    _, _, facts = score(tmp_path, model, (9, 5), needed=needed, max_batch_tokens=8)
+    # 3 tokens fed and 2 scored, of 8 + 4 each: (3 * 3312 + 2 * 4800) / (12 * 3312 + 12 * 4800).
+    assert facts["tokens_fed"] == 3
+    assert facts["compute_share"] == pytest.approx(19536 / 97344, rel=1e-12)
+
+
+def test_padding_counts_as_compute(tmp_path, model):
+    # Together, document 1 is padded from 4 to 8: 16 tokens fed where all are needed, and 8 where its own are not.
+    needed = [np.ones(8, dtype=bool), np.zeros(4, dtype=bool)]
+    _, _, full = score(tmp_path / "full", model, (9, 5))
+    assert full["tokens_fed"] == 16
+    _, _, facts = score(tmp_path / "some", model, (9, 5), needed=needed)
+    assert facts["compute_share"] == pytest.approx((8 * 3312 + 8 * 4800) / (16 * 3312 + 12 * 4800), rel=1e-12)
+
+
+def test_a_head_of_its_own_is_no_part_of_the_body(tmp_path):
+    made = create_model(
+        ScratchModelConfig(hidden_size=16, n_layers=1, n_heads=2), vocab_size=300, separator_id=0, context_length=16
+    )
+    made.set_output_embeddings(torch.nn.Linear(16, 300, bias=False))
+    needed = [np.array([True, False, True, *[False] * 5]), np.zeros(4, dtype=bool)]
+    _, _, facts = score(tmp_path, made, (9, 5), needed=needed, max_batch_tokens=8)
+    assert facts["compute_share"] == pytest.approx(19536 / 97344, rel=1e-12)
+
+
+def test_marks_of_other_documents_are_an_error(tmp_path, model):
+    with pytest.raises(DataError, match="marks of needed tokens for 1 documents, but there are 2"):
+        score(tmp_path, model, (9, 5), needed=[np.ones(8, dtype=bool)])
+    with pytest.raises(DataError, match="document 1 has 5 marks of needed tokens for its 4 scored ones"):
+        score(tmp_path, model, (9, 5), needed=[np.ones(8, dtype=bool), np.ones(5, dtype=bool)])

@@ -6,15 +6,9 @@ import pytest
 
 from cbtm.corpus import Document
 from cbtm.errors import ManifestError
-from cbtm.stages.result import (
-    answer_bytes,
-    cluster_figures,
-    domain_entries,
-    domain_table,
-    expert_entry,
-    read_domains,
-    tokens_seen,
-)
+from cbtm.stages.held_out import answer_bytes
+from cbtm.stages.result import domain_entries, expert_entry, read_domains, tokens_seen
+from cbtm.stages.result_tracking import cluster_figures, domain_table
 from cbtm.tokens import DocumentRecord
 from cbtm.train.member import Member
 
