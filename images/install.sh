@@ -9,4 +9,4 @@ fi
 if [ -f /run/secrets/ca ]; then
     export PIP_CERT=/run/secrets/ca
 fi
-exec /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --constraint constraints.txt "$@"
+exec /opt/venv/bin/pip install --no-cache-dir --no-compile --disable-pip-version-check --constraint constraints.txt "$@"
