@@ -1,7 +1,7 @@
-"""Run the compiled pipeline in its images: `python drive.py CONFIG SCRATCH [USER]`, with the containers' environment.
+"""Run the compiled pipeline in its images: `python drive.py CONFIG SCRATCH LABEL [USER]`.
 
 A process of its own, because kfp.local prints, takes over the root logger and keeps its settings in a global. The
-environment variables whose names are in PASSED go to every container, as a secret and a config map do on a cluster.
+variables whose names begin as in PASSED go to every container, as a secret and a config map do on a cluster.
 """
 
 import os
@@ -16,14 +16,13 @@ PASSED = ("AWS_", "CBTM_", "MLFLOW_", "GOMP_")
 
 def main() -> None:
     """Run to the end, or raise what kfp raises."""
-    config, scratch, *user = sys.argv[1:]
-    # kfp makes the folders for outputs as this user; the images' user and any other are to write there.
+    config, scratch, label, *user = sys.argv[1:]
+    # kfp makes the folders of outputs as the user of this process; the user of an image is to write there.
     os.umask(0)
     Path(scratch).mkdir()
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-    # By default the user that the images name.
-    settings = {"user": user[0]} if user else {}
-    runner = local.DockerRunner(network_mode="host", environment=environment, **settings)
+    settings = {"user": user[0]} if user else {}  # or else the one that the image names
+    runner = local.DockerRunner(network_mode="host", environment=environment, labels={"cbtm.test": label}, **settings)
     local.init(runner=runner, pipeline_root=scratch, raise_on_error=True)
     with resources.as_file(resources.files("cbtm") / "compiled" / "cbtm.yaml") as path:
         pipeline = components.load_component_from_file(str(path))
