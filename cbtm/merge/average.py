@@ -13,11 +13,11 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from cbtm.branch.seed import WEIGHTS, model_files
+from cbtm.branch.seed import model_files, save_weights
 from cbtm.branch.tokenizer import TOKENIZER_FILES
 from cbtm.config import Config, digest_of
 from cbtm.errors import ConfigError, DataError
@@ -36,14 +36,16 @@ class AverageConfig(Config):
         distance_power: Exponent of the distance in them.
     """
 
-    averages: Annotated[tuple[Recipe, ...], Field(json_schema_extra={"uniqueItems": True})] = ()
+    averages: tuple[Recipe, ...] = ()
     temperature: float = Field(default=0.1, gt=0)
     distance_power: float = Field(default=2, gt=0)
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Refuse a recipe that stands twice."""
-        if len(set(self.averages)) < len(self.averages):
-            raise ValueError(f"averages are {list(self.averages)}, one of them twice")
+    @field_validator("averages")
+    @classmethod
+    def _recipes_once(cls, averages: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
+        if len(set(averages)) < len(averages):
+            raise ValueError(f"averages are {list(averages)}, one of them twice")
+        return averages
 
     def weighting_digest(self) -> str:
         """Digest of what the weights of the weighted average depend on."""
@@ -76,7 +78,7 @@ def average_models(folders: Sequence[Path], weights: Sequence[float], output: Pa
     first = used[0][0]
     for other, _ in used[1:]:
         first.check_same(other)
-    _save({name: _mean(name, used) for name in first.names}, output)
+    save_weights({name: _mean(name, used) for name in first.names}, output)
 
 
 def greedy_soup(
@@ -186,15 +188,3 @@ def _mean(name: str, used: Sequence[tuple[_Tensors, float]]) -> Any:
     if not torch.isfinite(mean).all():
         raise DataError(f"{name} is not finite in the average: the weights of one of the models are broken")
     return mean
-
-
-def _save(tensors: dict[str, Any], folder: Path) -> None:
-    """Write safetensors as `save_pretrained` does: one file, or shards with an index where it would be too large."""
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(tensors, folder, filename_pattern=_pattern(), max_shard_size="5GB")
-
-
-def _pattern() -> str:
-    stem, _, suffix = WEIGHTS.rpartition(".")
-    return f"{stem}{{suffix}}.{suffix}"
