@@ -23,6 +23,7 @@ from cbtm.config import Config, digest_of
 from cbtm.errors import ConfigError, DataError
 
 Recipe = Literal["uniform", "weighted", "greedy"]
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 class AverageConfig(Config):
@@ -55,8 +56,8 @@ class AverageConfig(Config):
 def average_models(folders: Sequence[Path], weights: Sequence[float], output: Path) -> None:
     """Write the weighted mean of models as a plain Hugging Face folder.
 
-    Configuration and tokenizer are those of the first model. Tensors of whole numbers, such as position ids, must be
-    the same in all models.
+    A model of weight 0 is not opened. Configuration and tokenizer are those of the first of the others. Tensors of
+    whole numbers, such as position ids, must be the same in all of them.
 
     Args:
         folders: Hugging Face folders with safetensors, of one architecture.
@@ -64,20 +65,17 @@ def average_models(folders: Sequence[Path], weights: Sequence[float], output: Pa
         output: Folder to write, which is there.
 
     Raises:
-        ConfigError: If there is no model, or weights are no such numbers.
+        ConfigError: If there is no model, a folder holds none, or weights are no such numbers.
         DataError: If models have tensors of other names or shapes, or a mean is not finite.
     """
     shares = _shares(weights, len(folders))
-    names = model_files([path.name for path in folders[0].iterdir()], str(folders[0]))
-    for name in [name for name in names if name.endswith("config.json")]:
-        shutil.copyfile(folders[0] / name, output / name)
-    for name in TOKENIZER_FILES:
-        if (folders[0] / name).exists():
-            shutil.copyfile(folders[0] / name, output / name)
     used = [(_Tensors(folder), share) for folder, share in zip(folders, shares, strict=True) if share > 0]
     first = used[0][0]
     for other, _ in used[1:]:
         first.check_same(other)
+    for name in _BESIDE_WEIGHTS:
+        if (first.folder / name).exists():
+            shutil.copyfile(first.folder / name, output / name)
     save_weights({name: _mean(name, used) for name in first.names}, output)
 
 
@@ -95,7 +93,7 @@ def greedy_soup(
         order: Clusters, the best expert by itself first.
         evaluate: Loss of a model, by its folder; lower is better. Called once for each expert.
         output: Folder to write the soup to, which is there.
-        scratch: Folder for candidates; it is made and removed.
+        scratch: Folder for candidates; it is made, also where one that was killed has left it, and removed.
 
     Returns:
         `chosen`: clusters of the experts in the soup, in the order in which they came; `tried`: for each expert in
@@ -112,6 +110,7 @@ def greedy_soup(
     best = math.inf
     for cluster in order:
         candidate = [*chosen, cluster]
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         average_models([folders[one] for one in candidate], [1.0] * len(candidate), scratch)
         loss = evaluate(scratch)
