@@ -10,13 +10,23 @@ from kfp import dsl
 from small import settings, write_corpus
 
 from components.assigner import assign_shards
+from components.averager import average_experts
 from components.clusterer import build_tokenizer, fit_clusterer
 from components.evaluator import evaluate_ensembles
 from components.planner import plan_run
 from components.scorer import score_expert
 from components.trainer import train_expert
 
-COMPONENTS = (plan_run, build_tokenizer, fit_clusterer, assign_shards, train_expert, score_expert, evaluate_ensembles)
+COMPONENTS = (
+    plan_run,
+    build_tokenizer,
+    fit_clusterer,
+    assign_shards,
+    train_expert,
+    score_expert,
+    average_experts,
+    evaluate_ensembles,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +47,8 @@ def artifact(folder: Path, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artif
 def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     root = tmp_path / "run"
-    config = json.dumps(settings(str(corpus), str(root), None))
+    values = settings(str(corpus), str(root), None) | {"average": {"averages": ["uniform"]}}
+    config = json.dumps(values)
 
     groups, members = plan_run.python_func(config=config)
     assert groups == ["train-00000", "train-00001", "validation-00000"]
@@ -62,6 +73,11 @@ def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
         scores = artifact(tmp_path / f"scores-{member}")
         score_expert.python_func(config=config, member=member, manifest=scores)
         assert scores.metadata["documents"] == 40
+
+    averages = artifact(tmp_path / "averages")
+    average_experts.python_func(config=config, manifests=averages)
+    (scored,) = json.loads(Path(averages.path).read_text())
+    assert scored["member"] == "average-uniform"
 
     made = artifact(tmp_path / "result")
     report, metrics = artifact(tmp_path / "report", dsl.HTML), artifact(tmp_path / "metrics", dsl.Metrics)
