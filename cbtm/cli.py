@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -320,7 +320,7 @@ def generate(
             top_k=top_k,
             temperature=temperature,
             distance_power=distance_power,
-            refresh="once" if refresh == "once" else _numbers(refresh, "--refresh")[0],
+            refresh=_refresh(refresh),
             experts=None if experts is None else _numbers(experts, "--experts"),
         )
         made = generate_text(
@@ -362,6 +362,14 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     for problem in report.problems:
         typer.echo(problem, err=True)
     raise typer.Exit(0 if report.records_left == 0 else 1)
+
+
+def _refresh(text: str) -> int | Literal["once"]:
+    if text == "once":
+        return "once"
+    if not text.isdecimal():
+        raise ConfigError(f"--refresh {text} is neither a number of tokens nor once")
+    return int(text)
 
 
 def _numbers(text: str, option: str) -> list[int]:

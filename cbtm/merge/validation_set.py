@@ -66,8 +66,8 @@ class ValidationSet:
         halves = np.bincount(self.selection, minlength=2)  # reported, choosing
         if halves.min() < 2:
             raise DataError(
-                f"the validation split has {len(self.tokens)} documents that can be scored, {halves[1]} of them to choose "
-                f"the temperature and {halves[0]} to report on; at least 2 of each are needed"
+                f"the validation split has {len(self.tokens)} documents that can be scored, {halves[1]} of them to "
+                f"choose the temperature and {halves[0]} to report on; at least 2 of each are needed"
             )
         lengths = np.diff(self.offsets)
         if (empty := np.flatnonzero(lengths == 0)).size:

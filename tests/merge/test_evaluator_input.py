@@ -153,7 +153,7 @@ def test_fewer_than_four_documents_are_refused():
     evaluate(ONE_SETTING, *random_case(n_documents=4))
     with pytest.raises(
         DataError,
-        match="the validation split has 3 documents that can be scored, 2 of them to choose .* at least 2 of each",
+        match=r"the validation split has 3 documents that can be scored, 2 of them to choose .* at least 2 of each",
     ):
         evaluate(ONE_SETTING, *random_case(n_documents=3))
 

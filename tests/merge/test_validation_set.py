@@ -246,7 +246,7 @@ def test_four_documents_of_a_token_each_are_enough():
     [
         (
             {"tokens": [np.zeros(3, np.int64)] * 3},
-            "the validation split has 3 documents that can be scored, 2 of them to choose the temperature and 1 to report on",
+            "has 3 documents that can be scored, 2 of them to choose the temperature and 1 to report on",
         ),
         (
             {"tokens": [np.zeros(length, np.int64) for length in (3, 2, 1, 3)]},
