@@ -25,7 +25,7 @@ LAYERS = [
     {"merge"},
     {"run", "run_config"},
     {"stages"},
-    {"local", "cli", "cli_corpus"},
+    {"pipeline_file", "local", "cli", "cli_corpus"},
 ]
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}

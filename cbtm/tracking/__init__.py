@@ -34,6 +34,7 @@ __all__ = [
     "open_run",
     "replay",
     "start_parent_run",
+    "tracking_problem",
 ]
 
 RunKind = Literal["parent", "seed", "dense", "expert", "random", "average", "ensemble"]
@@ -207,6 +208,25 @@ def finish_parent_run(
     """End the parent run. It is found by its key, for the pod that ends it is seldom the one that started it."""
     if config.enabled:
         _open(config, name, "parent", run_key, journal, None, None, {}).close(status)
+
+
+def tracking_problem(config: TrackingConfig) -> str | None:
+    """What stands in the way of tracking, or None; a server is asked for the experiment, and nothing is made.
+
+    Raises:
+        ConfigError: If mlflow is not installed.
+    """
+    if not config.enabled:
+        return None
+    store = MlflowStore(config)
+    if store.is_local_file:
+        return None  # made when it is first used
+    try:
+        store.ask()
+    except Exception as error:
+        # The client raises what its transport raises; here it is one text.
+        return f"{store.printable_uri} cannot be used: {redact(str(error))}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,10 @@ class MlflowStore:
             self._adopt(opened.fields["run_key"], run.info.run_id)
         return FoundRun(run.info.run_id, created)
 
+    def ask(self) -> None:
+        """Ask for the experiment, whether it is there or not; raises what the client raises."""
+        self._client().get_experiment_by_name(self._experiment_name)
+
     def children(self, run_key: str) -> tuple[str, list[str]]:
         """The experiment's id, and the ids of the runs below the parent with this key, oldest first."""
         return self._experiment(), [run.info.run_id for run in self._search(PARENT_KEY_TAG, run_key)]
