@@ -27,7 +27,7 @@ from tqdm import tqdm
 from cbtm import stages, storage
 from cbtm.config import digest_of
 from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
-from cbtm.pipeline_file import COMPILED, for_this_machine, shipped_pipeline
+from cbtm.kubeflow.pipeline_file import COMPILED, for_this_machine, shipped_pipeline
 from cbtm.process import end_with_parent
 from cbtm.progress import PREFIX
 from cbtm.run import Run

@@ -179,7 +179,7 @@ def _visible_gpu_problems(expected: int, config: RunConfig) -> Iterator[str]:
     if found < expected:
         built = torch.version.cuda or "none: this PyTorch is for the CPU"
         yield (
-            f"{expected} GPUs are expected and {found} are visible (PyTorch {torch.__version__}, CUDA {built}); check "
+            f"GPUs: {expected} expected, {found} visible (PyTorch {torch.__version__}, CUDA {built}); check "
             "the GPU image, gpu_type, and the device plugin of the nodes"
         )
         return

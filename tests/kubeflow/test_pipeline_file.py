@@ -10,7 +10,7 @@ import pytest
 from pipeline_files import PipelineFile
 
 from cbtm.errors import ConfigError
-from cbtm.pipeline_file import (
+from cbtm.kubeflow.pipeline_file import (
     CompileOptions,
     check_quantity,
     for_this_machine,
@@ -20,7 +20,7 @@ from cbtm.pipeline_file import (
     with_options,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGESTS = {"cpu": "sha256:" + "a1" * 32, "gpu": "sha256:" + "b2" * 32}
 
 

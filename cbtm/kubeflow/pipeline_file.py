@@ -2,7 +2,7 @@
 
 `pipelines/` is not in the wheel, so whoever has installed cbtm cannot compile anew. What a cluster may want otherwise
 is little and has a fixed place in the file (images, tasks of a loop at once, size of /dev/shm, queue), so it is set
-there; `tests/test_pipeline_file.py` compares every option with the pipeline compiled anew with it, byte by byte.
+there; `tests/kubeflow/test_pipeline_file.py` compares every option with the pipeline compiled anew, byte by byte.
 """
 
 import json
