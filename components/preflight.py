@@ -27,7 +27,7 @@ def check_cluster(
         compiled_by: Version of cbtm that compiled the pipeline.
 
     Returns:
-        The configuration with its overrides, for all other tasks.
+        Output: The configuration with its overrides, for all other tasks.
     """
     from cbtm import stages
     from cbtm.process import stage_process

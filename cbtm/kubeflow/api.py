@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENDPOINT_VARIABLE, UI_VARIABLE = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT"  # kfp's own
 TOKEN_VARIABLE, COOKIES_VARIABLE = "CBTM_KFP_TOKEN", "CBTM_KFP_COOKIES"
+_INSTALLATION = "the installation"
 _ANSWER_SECONDS = 10.0
 _LOG_SECONDS = 60.0
 _LOG_PATH = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"  # in no OpenAPI model; the UI uses it
@@ -65,7 +66,7 @@ class Kubeflow:
         self._namespace = namespace
         if self._host and "://" not in self._host:
             raise ConfigError(f"--host {self._host} has no scheme; write it as https://{self._host} or http://…")
-        with self._explained("the installation"):
+        with self._explained(_INSTALLATION):
             self._client = _client(self._host or None, namespace, ca_cert)
             health = self._client.get_kfp_healthz()
         if health.multi_user and not (namespace or self._client.get_user_namespace()):
@@ -170,6 +171,11 @@ class Kubeflow:
                 f"{self._printable} does not allow this for {what} (403 {said}); check --namespace, and that the "
                 "account of the token may use Kubeflow Pipelines there"
             )
+        if error.status == 404 and what == _INSTALLATION:
+            return KubeflowError(
+                f"{self._printable} is not the address of Kubeflow Pipelines (404); it is what stands in front of "
+                "/apis, such as https://kubeflow.example.com/pipeline"
+            )
         if error.status == 404:
             return KubeflowError(
                 f"{self._printable} knows no {what} (404 {said}); check the id, --host and --namespace"
@@ -188,7 +194,14 @@ def _client(host: str | None, namespace: str | None, ca_cert: Path | None) -> An
     class Client(kfp.Client):  # type: ignore[misc]  # kfp has no types
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
             """Ask once, and for a limited time."""
-            return self._healthz_api.healthz_service_get_healthz(_request_timeout=_ANSWER_SECONDS)
+            ask = self._healthz_api.healthz_service_get_healthz_with_http_info
+            health, _, headers = ask(_request_timeout=_ANSWER_SECONDS)
+            if "json" not in headers.get("Content-Type", ""):
+                raise KubeflowError(
+                    f"{host or 'the cluster'} answers with a page, probably one to log in; set {COOKIES_VARIABLE} to "
+                    f"the cookies of a session with the dashboard, or {TOKEN_VARIABLE} to a bearer token"
+                )
+            return health
 
     # It warns of every attempt, and the last one is reported.
     logging.getLogger("urllib3").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ class RunFailedError(CbtmError):
     exit_code = 1
 
 
-def follow(kubeflow: Kubeflow, run_id: str, *, poll_seconds: float = _POLL_SECONDS) -> Any:
+def follow(kubeflow: Kubeflow, run_id: str) -> Any:
     """Show the progress of a run until it ends: a line on a terminal, elsewhere one for each change.
 
     Raises:
@@ -48,7 +48,7 @@ def follow(kubeflow: Kubeflow, run_id: str, *, poll_seconds: float = _POLL_SECON
                 if run.state in ENDED:
                     _check_success(run, tasks)
                     return run
-            time.sleep(poll_seconds)
+            time.sleep(_POLL_SECONDS)
     finally:
         view.close()
 
