@@ -252,15 +252,15 @@ def consolidate(
 def score(
     config: ConfigArgument,
     override: SetOption = None,
-    member: Annotated[list[str] | None, typer.Option(help="Member to score; default all of them.")] = None,
+    member: Annotated[list[str] | None, typer.Option(help="Member to score; default all that are trained.")] = None,
 ) -> None:
-    """Score every validation token under each model."""
+    """Score every validation token, and the answers of the few-shot tasks, under each model."""
     from cbtm import stages
     from cbtm.train.member import Member
 
     asked = [Member.parse(name) for name in member or []]
     this = _planned_run(config, override)
-    for each in asked or this.scored_members:
+    for each in asked or [Member("seed"), *this.config.members]:
         stages.score(this, each)
 
 
@@ -270,6 +270,8 @@ def average(config: ConfigArgument, override: SetOption = None) -> None:
     from cbtm import stages
 
     this = _planned_run(config, override)
+    if not this.config.averages:
+        raise ConfigError("average.averages is empty; name some of uniform, weighted and greedy")
     stages.average(this)
 
 
@@ -332,8 +334,9 @@ def generate(
             random_state=seed,
             on_text=None if explain else lambda text: typer.echo(text, nl=False),
         )
-        typer.echo()
-        if explain:
+        if not explain:
+            typer.echo()
+        else:
             explained = mixture.explain(made.prompt_tokens, made.tokens)
             terms = domain_terms(this, Path(scratch))
             typer.echo(format_explanation(explained, colour=sys.stdout.isatty(), top_terms=terms))

@@ -100,9 +100,16 @@ class MlflowStore:
         """Ask for the experiment, whether it is there or not; raises what the client raises."""
         self._client().get_experiment_by_name(self._experiment_name)
 
-    def children(self, run_key: str) -> tuple[str, list[str]]:
-        """The experiment's id, and the ids of the runs below the parent with this key, oldest first."""
-        return self._experiment(), [run.info.run_id for run in self._search(PARENT_KEY_TAG, run_key)]
+    def children(self, run_key: str, *, measured: str) -> tuple[str, list[str]]:
+        """The experiment's id, and the ids of the runs below the parent with this key, oldest first.
+
+        Args:
+            run_key: Key of the parent.
+            measured: Metric that the runs are to have; where none has it yet, all are taken.
+        """
+        runs = self._search(PARENT_KEY_TAG, run_key)
+        having = [run for run in runs if measured in run.data.metrics]
+        return self._experiment(), [run.info.run_id for run in having or runs]
 
     def is_deleted(self, run_id: str) -> bool:
         """Whether the store has the run as deleted; False for a run it never had."""

@@ -51,7 +51,7 @@ def artifact(folder: Path, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artif
 def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     root = tmp_path / "run"
-    given = json.dumps(settings(str(corpus), "runs/elsewhere", None))
+    given = json.dumps(settings(str(corpus), "runs/elsewhere", None) | {"average": {"averages": ["uniform"]}})
 
     place = {"root": str(root), "tracking_uri": "", "price_per_hour": "", "overrides": []}
     config = check_cluster.python_func(config=given, **place, compiled_by=__version__)
@@ -80,6 +80,11 @@ def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
         scores = artifact(tmp_path / f"scores-{member}")
         score_expert.python_func(config=config, member=member, manifest=scores)
         assert scores.metadata["documents"] == 40
+
+    averages = artifact(tmp_path / "averages")
+    average_experts.python_func(config=config, manifests=averages)
+    (scored,) = json.loads(Path(averages.path).read_text())
+    assert scored["member"] == "average-uniform"
 
     made = artifact(tmp_path / "result")
     report, summary = artifact(tmp_path / "report", dsl.HTML), artifact(tmp_path / "summary", dsl.Markdown)
