@@ -36,7 +36,7 @@ def check_cluster(
     with stage_process():
         place = PlaceOverrides(root or None, tracking_uri or None, price_per_hour or None, tuple(overrides))
         checked = stages.check_cluster(config, place, compiled_by=compiled_by)
-    return checked.model_dump_json()
+    return checked.model_dump_json(exclude_defaults=True)
 
 
 @dsl.component(base_image=images.GPU, install_kfp_package=False)

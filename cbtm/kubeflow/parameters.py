@@ -78,7 +78,8 @@ def with_configuration(config: RunConfig, given: Mapping[str, Any]) -> dict[str,
         ConfigError: If results would go to a folder of a pod, the configuration and the parameters are not valid
             together, or a training takes more devices than a pod has GPUs.
     """
-    text = config.model_dump_json()
+    # What differs from the defaults: Kubeflow's page shows it, and its MLflow plugin logs it as one parameter.
+    text = config.model_dump_json(exclude_defaults=True)
     place = PlaceOverrides(
         root=given.get("root") or None,
         tracking_uri=given.get("tracking_uri") or None,

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from google.protobuf import json_format
-from kfp import compiler, dsl
+from kfp import compiler, dsl, kubernetes
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 from pipeline_files import FROM_A_TASK, PipelineFile, Place
 
 from pipelines.cbtm import build
-from pipelines.pods import Options
+from pipelines.pods import Options, named
 
 GPU_TASKS = {
     "check-gpus",
@@ -105,11 +105,42 @@ def test_kfp_loses_a_parameter_that_only_a_resource_setting_names(tmp_path):
 
         return loop
 
-    lost = compiled(pipeline_with(register=False), tmp_path)
-    assert lost.dangling() == ["comp-for-loop-1: pipelinechannel--memory from pipelinechannel--memory"] or any(
-        "memory" in one for one in lost.dangling()
-    )
+    lost = compiled(pipeline_with(register=False), tmp_path).dangling()
+    assert lost == ["comp-for-loop-1/work: pipelinechannel--memory from pipelinechannel--memory"]
     assert compiled(pipeline_with(register=True), tmp_path).dangling() == []
+
+
+def test_kfp_mixes_up_tasks_of_one_name_within_a_pipeline_and_outside_of_it(tmp_path):
+    """The defect of KFP 2.17.0 that `pods.named` works round; where this fails it is mended."""
+
+    @dsl.component(base_image="python", install_kfp_package=False)
+    def first() -> None: ...
+
+    @dsl.component(base_image="python", install_kfp_package=False)
+    def second() -> None: ...
+
+    def pipeline_with(outer: tuple[Any, Any]) -> Any:
+        @dsl.pipeline(name="inner")
+        def inner() -> None:
+            for component in (first, second):
+                kubernetes.add_pod_label(component(), "place", "inside")
+
+        @dsl.pipeline(name="outer")
+        def whole() -> None:
+            for component in outer:
+                kubernetes.add_pod_label(component(), "place", "outside")
+            inner()
+
+        return whole
+
+    def labels(pipeline: Any) -> dict[str, str]:
+        file = compiled(pipeline, tmp_path)
+        return {path: file.kubernetes(place)["podMetadata"]["labels"]["place"] for path, place in file.leaves().items()}
+
+    mixed = labels(pipeline_with((first, second)))
+    assert "inside" in {place for path, place in mixed.items() if "/" not in path}
+    apart = labels(pipeline_with((named(first, "one"), named(second, "two"))))
+    assert apart == {"one": "outside", "two": "outside", "inner/first": "inside", "inner/second": "inside"}
 
 
 @pytest.mark.parametrize(("tasks", "prefix"), [(GPU_TASKS, "gpu_"), (CPU_TASKS, "")], ids=["gpu", "cpu"])
