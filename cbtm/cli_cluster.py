@@ -27,9 +27,7 @@ CpuImageOption = Annotated[str | None, typer.Option(help="Image of tasks without
 GpuImageOption = Annotated[str | None, typer.Option(help="Image of tasks with GPUs, in place of cbtm's own.")]
 DigestsOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help='Pin the images: {"cpu": "sha256:…", "gpu": "sha256:…"}, or bake\'s metadata file.'
-    ),
+    typer.Option(metavar="FILE", help='Pin the images: {"cpu": "name@sha256:…", "gpu": …}, or bake\'s metadata file.'),
 ]
 ParallelismOption = Annotated[int | None, typer.Option(help="Tasks of a loop that run at once; 0 is all.")]
 ShmOption = Annotated[str | None, typer.Option(help="Size of /dev/shm of pods with GPUs, such as 16Gi.")]

@@ -126,12 +126,12 @@ def images_of(text: str) -> dict[Role, str]:
 
 
 def pinned_images(path: Path, images: dict[Role, str]) -> dict[Role, str]:
-    """The images, by the digests of a file: `{"cpu": "sha256:…", "gpu": "sha256:…"}`, or what `bake` writes.
+    """The images by digest, as a file says: `{"cpu": "registry/name@sha256:…", "gpu": …}`.
 
     Args:
-        path: JSON file. A value is a digest, or the object that `docker buildx bake --metadata-file` writes for a
-            target.
-        images: The images by name; what they have of a tag or digest is left.
+        path: JSON file. A value is an image with its digest; or a digest alone, or the object that `docker buildx bake
+            --metadata-file` writes for a target, which then belong to the image of that role.
+        images: The images by name; a tag or digest of theirs is left out.
 
     Raises:
         ConfigError: If the file is no such file, or has no digest for one of the images.
@@ -140,18 +140,21 @@ def pinned_images(path: Path, images: dict[Role, str]) -> dict[Role, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"image digests {path} cannot be read: {error}") from None
-    digests: dict[Role, str] = {}
+    values: dict[Role, str] = {}
     for name, value in found.items() if isinstance(found, dict) else ():
         digest = value.get("containerimage.digest") if isinstance(value, dict) else value
         if name in _NAMES and isinstance(digest, str):
-            digests[_NAMES[name]] = digest
-    for role in images:
-        if not _DIGEST.fullmatch(digests.get(role, "")):
+            values[_NAMES[name]] = digest
+    pinned: dict[Role, str] = {}
+    for role, image in images.items():
+        repository, _, digest = values.get(role, "").rpartition("@")
+        if not _DIGEST.fullmatch(digest):
             raise ConfigError(
-                f'image digests {path}: expected {{"cpu": "sha256:…", "gpu": "sha256:…"}}; {role} is '
-                f"{digests.get(role) or 'missing'}"
+                f'image digests {path}: expected {{"cpu": "registry/name@sha256:…", "gpu": …}}; {role} is '
+                f"{values.get(role) or 'missing'}"
             )
-    return {role: f"{_repository(image)}@{digests[role]}" for role, image in images.items()}
+        pinned[role] = f"{repository or _repository(image)}@{digest}"
+    return pinned
 
 
 def _repository(image: str) -> str:

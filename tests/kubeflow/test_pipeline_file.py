@@ -94,6 +94,15 @@ def test_what_is_no_quantity_is_refused_with_its_name(text):
         check_quantity("memory_limit", text)
 
 
+def test_an_image_with_its_digest_stands_for_itself(tmp_path):
+    (tmp_path / "digests.json").write_text(json.dumps(DIGESTS | {"cpu": f"mirror:5000/cpu@{DIGESTS['cpu']}"}))
+    images = {"cpu": "ghcr.io/a/cpu:1.0", "gpu": "ghcr.io/a/gpu:1.0"}
+    assert pinned_images(tmp_path / "digests.json", images) == {
+        "cpu": f"mirror:5000/cpu@{DIGESTS['cpu']}",
+        "gpu": f"ghcr.io/a/gpu@{DIGESTS['gpu']}",
+    }
+
+
 @pytest.mark.parametrize(
     "content",
     [
