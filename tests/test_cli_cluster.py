@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_server import KubeflowServer, item, kubeflow_server, node, pod_tasks, task
+from kubeflow_server import KubeflowServer, item, kubeflow_server, node, pod_tasks, self_signed, task
 from pipeline_files import PipelineFile
 from small import settings, write_config
 from typer.testing import CliRunner
@@ -196,6 +196,14 @@ def test_an_installation_of_many_users_needs_a_namespace_that_one_may_use(server
         cbtm("submit", config, "--namespace", "team-b")
     cbtm("submit", config, "--namespace", "team-a")
     assert server.experiments[0].namespace == "team-a"
+
+
+def test_a_certificate_is_verified_and_an_authority_of_ones_own_can_be_given(config, tmp_path):
+    certificate, key = self_signed(tmp_path)
+    with kubeflow_server((certificate, key)) as secure:
+        with pytest.raises(KubeflowError, match=r"is not trusted \(.*\); give the file .* with --ca-cert"):
+            cbtm("submit", config, "--host", secure.host)
+        assert "run=run-1" in cbtm("submit", config, "--host", secure.host, "--ca-cert", str(certificate))
 
 
 @pytest.mark.parametrize("command", ["status", "retry", "logs"])

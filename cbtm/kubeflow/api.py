@@ -153,6 +153,11 @@ class Kubeflow:
         except ApiException as error:
             raise self._explanation(error, what) from None
         except HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise KubeflowError(
+                    f"the certificate of {self._printable} is not trusted ({_reason(error)}); give the file of the "
+                    "authority that signed it with --ca-cert"
+                ) from None
             raise UnreachableError(
                 f"Kubeflow Pipelines at {self._printable} does not answer ({_reason(error)}); check --host or "
                 f"{ENDPOINT_VARIABLE}; from outside of a cluster: kubectl port-forward -n kubeflow "
