@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from cbtm.errors import ConfigError, DataError
-from cbtm.tracking.config import TrackingConfig, redact
+from cbtm.tracking.config import TrackingConfig, redact, sqlite_file
 from cbtm.tracking.delivery import Delivery, Sender
 from cbtm.tracking.injected import injection
 from cbtm.tracking.journal import Journal, JournalBusyError, json_number
@@ -225,11 +225,9 @@ def tracking_problem(config: TrackingConfig) -> str | None:
     Raises:
         ConfigError: If mlflow is not installed.
     """
-    if not config.enabled:
-        return None
+    if not config.enabled or sqlite_file(config.resolved_uri()) is not None:
+        return None  # a file is made when it is first used, which takes seconds
     store = MlflowStore(config)
-    if store.is_local_file:
-        return None  # made when it is first used
     try:
         store.ask()
     except Exception as error:
