@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -321,7 +321,7 @@ def generate(
             top_k=top_k,
             temperature=temperature,
             distance_power=distance_power,
-            refresh="once" if refresh == "once" else _numbers(refresh, "--refresh")[0],
+            refresh=_refresh(refresh),
             experts=None if experts is None else _numbers(experts, "--experts"),
         )
         made = generate_text(
@@ -366,6 +366,14 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
 
 
 app.registered_commands += cluster_app.registered_commands  # after those of one machine
+
+
+def _refresh(text: str) -> int | Literal["once"]:
+    if text == "once":
+        return "once"
+    if not text.isdecimal():
+        raise ConfigError(f"--refresh {text} is neither a number of tokens nor once")
+    return int(text)
 
 
 def _numbers(text: str, option: str) -> list[int]:

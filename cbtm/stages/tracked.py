@@ -44,7 +44,7 @@ def finish_parent(run: Run, status: RunStatus = "FINISHED") -> None:
 
 def replay_all(run: Run) -> ReplayReport:
     """Send what an outage of the tracking server kept back, for every run of this pipeline run."""
-    return replay(_journal(run, "parent").parent, run.config.tracking)
+    return replay(_journals(run), run.config.tracking)
 
 
 @contextmanager
@@ -105,7 +105,13 @@ def settings(run: Run) -> dict[str, object]:
     }
 
 
-def _journal(run: Run, name: str) -> Path:
+def _journals(run: Run) -> Path:
+    """Folder of the journals of a root; those of a root in S3 lie on this machine's disk, a folder for each run."""
     if not storage.is_s3(run.config.root):
-        return storage.local_path(run.config.root) / "tracking" / f"{name}.jsonl"
-    return Path(tempfile.gettempdir()) / "cbtm-tracking" / run.key / f"{name}.jsonl"
+        return storage.local_path(run.config.root) / "tracking"
+    return Path(tempfile.gettempdir()) / "cbtm-tracking" / run.key
+
+
+def _journal(run: Run, name: str) -> Path:
+    # A root may hold runs of several settings one after the other; lines of one are not sent to another.
+    return _journals(run) / run.key[:16] / f"{name}.jsonl"

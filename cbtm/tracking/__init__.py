@@ -260,7 +260,7 @@ class ReplayReport:
 
 
 def replay(journal: Path, config: TrackingConfig) -> ReplayReport:
-    """Send what an outage kept back, from one journal or from all `*.jsonl` of a folder.
+    """Send what an outage kept back, from one journal or from all `*.jsonl` of a folder and of those in it.
 
     A journal of a run still going on is left to it and reported. No time is spent on a second attempt: a server that
     does not answer is a problem in the report, and the same call goes on from there.
@@ -269,7 +269,7 @@ def replay(journal: Path, config: TrackingConfig) -> ReplayReport:
         ConfigError: If mlflow is not installed.
         DataError: If there is no journal at this path, or it is another kind of file.
     """
-    paths = sorted(journal.glob("*.jsonl")) if journal.is_dir() else [journal]
+    paths = sorted(journal.rglob("*.jsonl")) if journal.is_dir() else [journal]
     if not all(path.is_file() for path in paths) or not paths:
         raise DataError(f"no tracking journal at {journal}; give a .jsonl file that a run wrote, or its folder")
     store = MlflowStore(config)
