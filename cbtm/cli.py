@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from cbtm import __version__, storage
+from cbtm.cli_cluster import cluster_app
 from cbtm.cli_corpus import corpus_app, say
 from cbtm.errors import CbtmError, ConfigError
 from cbtm.process import log_to_stderr, s3_patience
@@ -362,6 +363,9 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     for problem in report.problems:
         typer.echo(problem, err=True)
     raise typer.Exit(0 if report.records_left == 0 else 1)
+
+
+app.registered_commands += cluster_app.registered_commands  # after those of one machine
 
 
 def _refresh(text: str) -> int | Literal["once"]:

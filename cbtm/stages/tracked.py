@@ -1,5 +1,6 @@
 """The runs of a pipeline run in the tracker: one parent, one child per trained member, one for the evaluation."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ def open_parent(run: Run) -> None:
         name=config.name,
         run_key=run.key,
         journal=_journal(run, "parent"),
-        tags={"cbtm.root": config.root},
+        tags={"cbtm.root": config.root, **_pod()},
         params=settings(run),
+        take_injected=True,
     )
 
 
@@ -46,8 +48,18 @@ def replay_all(run: Run) -> ReplayReport:
 
 
 @contextmanager
-def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> Iterator[Tracker]:
-    """Tracker of one child run; it ends with the block, as failed if the block fails."""
+def child(
+    run: Run, name: str, kind: RunKind, *, cluster: int | None = None, own_task: bool = False
+) -> Iterator[Tracker]:
+    """Tracker of one child run; it ends with the block, as failed if the block fails.
+
+    Args:
+        run: The run.
+        name: Name of the child.
+        kind: What it is about.
+        cluster: Its cluster.
+        own_task: Whether this is what the task's pod is for; a run that the pod was given is then this one.
+    """
     tracker = open_run(
         run.config.tracking,
         name=f"{run.config.name}/{name}",
@@ -56,6 +68,8 @@ def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> 
         parent_run_key=run.key,
         journal=_journal(run, name),
         cluster=cluster,
+        tags=_pod(),
+        take_injected=own_task,
     )
     try:
         tracker.log_params(settings(run))
@@ -67,6 +81,12 @@ def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> 
         tracker.close("FAILED")
         raise
     tracker.close()
+
+
+def _pod() -> dict[str, str]:
+    """The pod of Kubeflow Pipelines that this is, for whoever looks for its log."""
+    name = os.environ.get("KFP_POD_NAME")
+    return {"cbtm.pod": name} if name else {}
 
 
 def settings(run: Run) -> dict[str, object]:
