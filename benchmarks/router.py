@@ -1,15 +1,17 @@
 """Prefix routing against scikit-learn, which vectorises every prefix anew; and a text that is still being written.
 
     python benchmarks/router.py [--corpus FOLDER --labels FOLDER] [--prose DOMAIN,…] [--code DOMAIN,…] [--repeats 3]
+        [--tokenizer FOLDER] [--routed-split SPLIT]
 
 Text: prose and code, of the named domains where a corpus has labels; without labels the corpus as it is; without a
 corpus docstrings and source of the installed numpy, scipy and scikit-learn. Texts are joined until a document is long
-enough. Tokens: pieces of at most five letters or four other signs with the space before them, or runs of white space;
-the table tells how many characters they make. All get the same clusterer (tf-idf without stop words and numbers, SVD to
-100 dimensions, k-means) and the same prefixes as character offsets; decoding tokens to text is counted for none. The
-stream gets the text of one token after the other and is asked for distances before each. They take turns within one
-process; the table has the median of each and the largest difference of either from scikit-learn's distances. Of the
-many short documents scikit-learn gets the first few, and its time is told per position.
+enough; the many short documents can be of another split than the clusterer and the long ones. Tokens: those of a
+tokenizer, or without one pieces of at most five letters or four other signs with the space before them, or runs of
+white space; the table tells how many characters they make. All get the same clusterer (tf-idf without stop words and
+numbers, SVD to 100 dimensions, k-means) and the same prefixes as character offsets; decoding tokens to text is counted
+for none. The stream gets the text of one token after the other and is asked for distances before each. They take turns
+within one process; the table has the median of each and the largest difference of either from scikit-learn's distances.
+Of the many short documents scikit-learn gets the first few, and its time is told per position.
 --small runs the same code on little text; its figures mean nothing.
 """
 
@@ -21,7 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +47,8 @@ CLUSTERS = 8
 TOKEN = re.compile(r" ?[^\W_]{1,5}| ?[^\w\s]{1,4}|_|\s+")
 PROSE, CODE = "prose", "code"
 GOALS = {PROSE: 100, CODE: 30}  # times scikit-learn, at the longest document
-Document = tuple[str, NDArray[np.int64]]  # and the character at which each of its tokens starts
+Starts = Callable[[str], Sequence[int]]  # the character at which each token of a text starts
+Document = tuple[str, NDArray[np.int64]]  # and where each of its tokens starts
 
 
 class NumberDeletingVectorizer(TfidfVectorizer):
@@ -114,7 +117,17 @@ class Fitted:
         return np.stack(found)
 
 
-def documents_of(texts: Iterable[str], n_tokens: int, count: int) -> list[Document]:
+def starts_by(tokenizer: str | None) -> Starts:
+    """Starts of the tokens of the tokenizer in a folder, or of pieces."""
+    if tokenizer is None:
+        return lambda text: [match.start() for match in TOKEN.finditer(text)]
+    from cbtm.branch.tokenizer import TextTokenizer
+
+    loaded = TextTokenizer.load(Path(tokenizer))
+    return lambda text: loaded.encode_with_starts(text)[1][1:].tolist()  # without the separator
+
+
+def documents_of(texts: Iterable[str], starts_of: Starts, n_tokens: int, count: int) -> list[Document]:
     """`count` documents of `n_tokens` tokens; texts are used in turn."""
     documents: list[Document] = []
     document = ""
@@ -122,7 +135,7 @@ def documents_of(texts: Iterable[str], n_tokens: int, count: int) -> list[Docume
         document += text + "\n\n"
         if len(document) < 3 * n_tokens:
             continue  # most tokens are longer
-        starts = [match.start() for match in TOKEN.finditer(document)]
+        starts = starts_of(document)
         if len(starts) >= n_tokens:
             documents.append((document, np.array(starts[:n_tokens])))
             document = ""
@@ -218,6 +231,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prose", default="novels", metavar="DOMAIN,…", help="labels that are prose")
     parser.add_argument("--code", default="python_code", metavar="DOMAIN,…", help="labels that are code")
     parser.add_argument("--lengths", default="256,512,1024,2048", metavar="N,…", help="tokens of a document")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer.json, or vocab.json and merges.txt")
+    parser.add_argument("--routed-split", metavar="SPLIT", help="of the documents of 255 tokens; as --split without")
     parser.add_argument("--routed-documents", type=int, default=800, metavar="N", help="of 255 tokens")
     parser.add_argument("--peer-documents", type=int, default=40, metavar="N", help="of them for scikit-learn")
     add_text_arguments(parser)
@@ -235,24 +250,27 @@ def main() -> None:
     text = text_of(args)
     texts = list(text.texts())
     kinds = kinds_of_text(text, {PROSE: args.prose.split(","), CODE: args.code.split(",")})
-    lengths = [int(length) for length in args.lengths.split(",")]
+    lengths, starts_of = [int(length) for length in args.lengths.split(",")], starts_by(args.tokenizer)
     with threadpool_limits(args.threads or None):
         fitted = Fitted.on(texts)
         print(
             f"{hardware('numpy', 'scikit-learn')}; {threads}; {len(texts)} documents of {text}, vocabulary "
-            f"{len(fitted.vectorizer.vocabulary_)}, d={DIMENSIONS}, k={CLUSTERS}; median of {args.repeats}\n"
+            f"{len(fitted.vectorizer.vocabulary_)}, d={DIMENSIONS}, k={CLUSTERS}; "
+            f"tokens {'are pieces' if args.tokenizer is None else f'of {Path(args.tokenizer).name}'}; "
+            f"median of {args.repeats}\n"
         )
         if args.small:
             print("little text, figures mean nothing\n")
         header("text", "tokens", "characters", "scikit-learn s", "router ms", "ratio", "stream ms",
                "stream µs/token", "largest difference")  # fmt: skip
         ratios = {
-            (kind, length): compare(fitted, kind, documents_of(of_kind, length, count=1)[0], args.repeats)
+            (kind, length): compare(fitted, kind, documents_of(of_kind, starts_of, length, count=1)[0], args.repeats)
             for kind, of_kind in kinds.items()
             for length in lengths
         }
         print()
-        many = documents_of(texts, 255, args.routed_documents)
+        routed = text if args.routed_split is None else replace(text, split=args.routed_split)
+        many = documents_of(routed.texts(), starts_of, 255, args.routed_documents)
         routed_s = compare_many(fitted, many, args.peer_documents, args.repeats)
     print()
     if args.small:

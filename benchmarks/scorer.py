@@ -239,8 +239,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--vocabularies", default="8192,50272")
-    parser.add_argument("--documents", type=int, default=64, metavar="N", help="for the scorer against the loop")
-    parser.add_argument("--routed-documents", type=int, default=32, metavar="N", help="for the experts")
+    parser.add_argument(
+        "--documents", type=int, default=64, metavar="N", help="for the scorer against the loop; 0 skips it"
+    )
+    parser.add_argument("--routed-documents", type=int, default=32, metavar="N", help="for the experts; 0 skips them")
     parser.add_argument("--context", type=int, default=256, metavar="N")
     parser.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="at most 1024, the limit of a CPU")
     parser.add_argument("--experts", type=int, default=8, metavar="N")
@@ -274,16 +276,21 @@ def main() -> None:
     ]
     print(
         f"{hardware('numpy', 'torch', 'transformers')}; {threads}; OPT {n_layers} x {width}, context {args.context}, "
-        f"float32, {args.documents} documents, {args.batch_tokens} tokens at once; median of {args.repeats}\n"
+        f"float32, {args.batch_tokens} tokens at once; median of {args.repeats}\n"
     )
     if args.small:
         print("small shapes, figures mean nothing\n")
-    header("vocabulary", "", "tokens/s", "range", "s to cbtm", "CPU s", "peak MB", "apart by")
-    goals = [compare(case, args) for case in cases]
-    print(f"\ntop-{args.top_k} of {args.experts} experts, {args.routed_documents} documents\n")
-    header("vocabulary", "", "s", "range", "ratio to all", "share of compute", "fed", "scored")
-    goals += [compare_experts(replace(case, documents=args.routed_documents), args) for case in cases]
-    print()
+    goals = []
+    if args.documents:
+        print(f"one model, {args.documents} documents\n")
+        header("vocabulary", "", "tokens/s", "range", "s to cbtm", "CPU s", "peak MB", "apart by")
+        goals += [compare(case, args) for case in cases]
+        print()
+    if args.routed_documents:
+        print(f"top-{args.top_k} of {args.experts} experts, {args.routed_documents} documents\n")
+        header("vocabulary", "", "s", "range", "ratio to all", "share of compute", "fed", "scored")
+        goals += [compare_experts(replace(case, documents=args.routed_documents), args) for case in cases]
+        print()
     for tell in goals:
         tell()
 

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cbtm import __version__, storage
+from cbtm.cli_cluster import cluster_app
 from cbtm.cli_corpus import corpus_app, say
 from cbtm.errors import CbtmError, ConfigError
 from cbtm.process import log_to_stderr, s3_patience
@@ -251,15 +252,15 @@ def consolidate(
 def score(
     config: ConfigArgument,
     override: SetOption = None,
-    member: Annotated[list[str] | None, typer.Option(help="Member to score; default all of them.")] = None,
+    member: Annotated[list[str] | None, typer.Option(help="Member to score; default all that are trained.")] = None,
 ) -> None:
-    """Score every validation token under each model."""
+    """Score every validation token, and the answers of the few-shot tasks, under each model."""
     from cbtm import stages
     from cbtm.train.member import Member
 
     asked = [Member.parse(name) for name in member or []]
     this = _planned_run(config, override)
-    for each in asked or this.scored_members:
+    for each in asked or [Member("seed"), *this.config.members]:
         stages.score(this, each)
 
 
@@ -269,6 +270,8 @@ def average(config: ConfigArgument, override: SetOption = None) -> None:
     from cbtm import stages
 
     this = _planned_run(config, override)
+    if not this.config.averages:
+        raise ConfigError("average.averages is empty; name some of uniform, weighted and greedy")
     stages.average(this)
 
 
@@ -318,7 +321,7 @@ def generate(
             top_k=top_k,
             temperature=temperature,
             distance_power=distance_power,
-            refresh="once" if refresh == "once" else _numbers(refresh, "--refresh")[0],
+            refresh=_refresh(refresh),
             experts=None if experts is None else _numbers(experts, "--experts"),
         )
         made = generate_text(
@@ -331,8 +334,9 @@ def generate(
             random_state=seed,
             on_text=None if explain else lambda text: typer.echo(text, nl=False),
         )
-        typer.echo()
-        if explain:
+        if not explain:
+            typer.echo()
+        else:
             explained = mixture.explain(made.prompt_tokens, made.tokens)
             terms = domain_terms(this, Path(scratch))
             typer.echo(format_explanation(explained, colour=sys.stdout.isatty(), top_terms=terms))
@@ -359,6 +363,17 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     for problem in report.problems:
         typer.echo(problem, err=True)
     raise typer.Exit(0 if report.records_left == 0 else 1)
+
+
+app.registered_commands += cluster_app.registered_commands  # after those of one machine
+
+
+def _refresh(text: str) -> int | Literal["once"]:
+    if text == "once":
+        return "once"
+    if not text.isdecimal():
+        raise ConfigError(f"--refresh {text} is neither a number of tokens nor once")
+    return int(text)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -54,7 +54,13 @@ Some rules span several fields and are checked before any work:
 - `train.sequences_per_step` is a multiple of `cluster.n_clusters`: each expert takes an equal share of the batch.
 - `seed_model` has either `path`, or both `scratch` and `training`.
 - `seed_model.training.context_length` equals `train.context_length`.
-- `evaluate.top_k` lies between 1 and `cluster.n_clusters`, or the number of `train.clusters` where these are given.
+- `evaluate.top_k` lies between 1 and `cluster.n_clusters`, or the number of `train.clusters` or `evaluate.experts`
+  where these are given; `evaluate.experts` names clusters that have an expert.
+- With `score.top_k`, `evaluate.top_k` is at most that, `evaluate.ensembles` is clustering alone, and neither
+  `evaluate.experts` nor `average.averages: [greedy]` is set.
+- `evaluate.ensembles` has clustering among them.
+- `preset: reference` sets keys of `score`, `routing` and `evaluate`; other values of one's own for these are refused.
+- The names of `tasks` differ, and their files are read when the run is planned.
 - `train.clusters` names clusters from 0 to `cluster.n_clusters` - 1, none twice.
 - `train.random_clusters` needs `assign.random_clusters`.
 - `cluster.n_clusters` is at most `cluster.max_documents` and `cluster.batch_documents`.
@@ -101,10 +107,11 @@ def _row(path: str, name: str, field: FieldInfo, model: type[BaseModel]) -> str:
         kind, absent, _ = _type_text(field.annotation).partition(_OR_NULL)
         kind = ", ".join([kind, *_bounds(field.metadata)]) + absent
     else:
-        kind = f"section [`{key}`](#{re.sub(r'[^a-z0-9_-]', '', key)})"
+        several = "list of sections" if get_origin(field.annotation) is tuple else "section"
+        kind = f"{several} [`{key}`](#{re.sub(r'[^a-z0-9_-]', '', key)})"
     if field.is_required():
         default = "required"
-    elif nested is not None and field.default is not None:
+    elif nested is not None and isinstance(field.default, BaseModel):
         default = "as listed there"
     else:
         default = f"`{json.dumps(_plain(field.default))}`"
@@ -126,8 +133,12 @@ def _type_text(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         known = [_type_text(each) for each in arguments if each is not type(None)]
         return " or ".join(known) + (_OR_NULL if type(None) in arguments else "")
+    if origin is dict:
+        return f"mapping of {_PLURAL[arguments[0]]} to {_PLURAL[arguments[1]]}"
     if origin is tuple:
         first = arguments[0]
+        if get_origin(first) is Literal:
+            return f"list of {_type_text(first)}"
         bounds = _bounds(get_args(first)[1].metadata) if get_origin(first) is Annotated else []
         plural = _PLURAL[get_args(first)[0] if get_origin(first) is Annotated else first]
         count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "

@@ -376,6 +376,14 @@ def save_model(model: "nn.Module", folder: Path, weights: Mapping[str, Any] | No
     model.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
 
 
+def save_weights(weights: Mapping[str, Any], folder: Path) -> None:
+    """Write tensors beside a model's configuration: one safetensors file, or shards with an index where it is large."""
+    from huggingface_hub import save_torch_state_dict
+
+    stem, _, suffix = WEIGHTS.rpartition(".")
+    save_torch_state_dict(dict(weights), folder, filename_pattern=f"{stem}{{suffix}}.{suffix}", max_shard_size="5GB")
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 

@@ -13,16 +13,17 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from cbtm.branch.seed import WEIGHTS, model_files
+from cbtm.branch.seed import model_files, save_weights
 from cbtm.branch.tokenizer import TOKENIZER_FILES
 from cbtm.config import Config, digest_of
 from cbtm.errors import ConfigError, DataError
 
 Recipe = Literal["uniform", "weighted", "greedy"]
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 class AverageConfig(Config):
@@ -36,14 +37,16 @@ class AverageConfig(Config):
         distance_power: Exponent of the distance in them.
     """
 
-    averages: Annotated[tuple[Recipe, ...], Field(json_schema_extra={"uniqueItems": True})] = ()
+    averages: tuple[Recipe, ...] = ()
     temperature: float = Field(default=0.1, gt=0)
     distance_power: float = Field(default=2, gt=0)
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Refuse a recipe that stands twice."""
-        if len(set(self.averages)) < len(self.averages):
-            raise ValueError(f"averages are {list(self.averages)}, one of them twice")
+    @field_validator("averages")
+    @classmethod
+    def _recipes_once(cls, averages: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
+        if len(set(averages)) < len(averages):
+            raise ValueError(f"averages are {list(averages)}, one of them twice")
+        return averages
 
     def weighting_digest(self) -> str:
         """Digest of what the weights of the weighted average depend on."""
@@ -53,8 +56,8 @@ class AverageConfig(Config):
 def average_models(folders: Sequence[Path], weights: Sequence[float], output: Path) -> None:
     """Write the weighted mean of models as a plain Hugging Face folder.
 
-    Configuration and tokenizer are those of the first model. Tensors of whole numbers, such as position ids, must be
-    the same in all models.
+    A model of weight 0 is not opened. Configuration and tokenizer are those of the first of the others. Tensors of
+    whole numbers, such as position ids, must be the same in all of them.
 
     Args:
         folders: Hugging Face folders with safetensors, of one architecture.
@@ -62,21 +65,18 @@ def average_models(folders: Sequence[Path], weights: Sequence[float], output: Pa
         output: Folder to write, which is there.
 
     Raises:
-        ConfigError: If there is no model, or weights are no such numbers.
+        ConfigError: If there is no model, a folder holds none, or weights are no such numbers.
         DataError: If models have tensors of other names or shapes, or a mean is not finite.
     """
     shares = _shares(weights, len(folders))
-    names = model_files([path.name for path in folders[0].iterdir()], str(folders[0]))
-    for name in [name for name in names if name.endswith("config.json")]:
-        shutil.copyfile(folders[0] / name, output / name)
-    for name in TOKENIZER_FILES:
-        if (folders[0] / name).exists():
-            shutil.copyfile(folders[0] / name, output / name)
     used = [(_Tensors(folder), share) for folder, share in zip(folders, shares, strict=True) if share > 0]
     first = used[0][0]
     for other, _ in used[1:]:
         first.check_same(other)
-    _save({name: _mean(name, used) for name in first.names}, output)
+    for name in _BESIDE_WEIGHTS:
+        if (first.folder / name).exists():
+            shutil.copyfile(first.folder / name, output / name)
+    save_weights({name: _mean(name, used) for name in first.names}, output)
 
 
 def greedy_soup(
@@ -93,7 +93,7 @@ def greedy_soup(
         order: Clusters, the best expert by itself first.
         evaluate: Loss of a model, by its folder; lower is better. Called once for each expert.
         output: Folder to write the soup to, which is there.
-        scratch: Folder for candidates; it is made and removed.
+        scratch: Folder for candidates; it is made, also where one that was killed has left it, and removed.
 
     Returns:
         `chosen`: clusters of the experts in the soup, in the order in which they came; `tried`: for each expert in
@@ -110,11 +110,12 @@ def greedy_soup(
     best = math.inf
     for cluster in order:
         candidate = [*chosen, cluster]
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         average_models([folders[one] for one in candidate], [1.0] * len(candidate), scratch)
         loss = evaluate(scratch)
         shutil.rmtree(scratch)
-        kept = not chosen or loss <= best
+        kept = loss <= best  # as the first always is
         if kept:
             chosen, best = candidate, loss
         tried.append({"cluster": cluster, "negative_log_prob": loss if math.isfinite(loss) else None, "kept": kept})
@@ -186,15 +187,3 @@ def _mean(name: str, used: Sequence[tuple[_Tensors, float]]) -> Any:
     if not torch.isfinite(mean).all():
         raise DataError(f"{name} is not finite in the average: the weights of one of the models are broken")
     return mean
-
-
-def _save(tensors: dict[str, Any], folder: Path) -> None:
-    """Write safetensors as `save_pretrained` does: one file, or shards with an index where it would be too large."""
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(tensors, folder, filename_pattern=_pattern(), max_shard_size="5GB")
-
-
-def _pattern() -> str:
-    stem, _, suffix = WEIGHTS.rpartition(".")
-    return f"{stem}{{suffix}}.{suffix}"

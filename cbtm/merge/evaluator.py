@@ -24,7 +24,7 @@ from cbtm.merge.config import EvaluateConfig
 from cbtm.merge.grid import DocumentSums, Setting, mix_grid
 from cbtm.merge.intervals import Resamples
 from cbtm.merge.router import mean_routing_weights
-from cbtm.merge.validation_set import Scores, ValidationSet, selection_documents
+from cbtm.merge.validation_set import Scores, ValidationSet
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -57,13 +57,13 @@ def evaluate(
         distances: From `context_distances`, to the centres of all clusters, those without an expert included.
         body_share: Part of a forward pass's work at one token that is done before the head; the head runs only where
             an expert has weight.
-        progress: Called with settings done and in all.
+        progress: Called with tokens done and in all.
 
     Returns:
         The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, n_prompt_tokens, selection,
         seed, dense, random, averages, best_single_expert, ensemble, experts, experts_evaluated, prior (the mean routing
-        weight of each expert that is mixed, where the prior ensemble is compared), by_domain, by_label,
-        domain_by_expert. Infinity is None.
+        weight of each expert that is mixed at the counted tokens of the selecting half, where the prior ensemble is
+        compared), by_domain, by_label, domain_by_expert. Infinity is None.
 
     Raises:
         ConfigError: If a top-k is larger than the number of experts, or a setting needs scores that were not made.
@@ -108,7 +108,7 @@ def evaluate(
 def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
     """Cluster of each of the experts' scores."""
     clusters = list(range(n_clusters)) if scores.clusters is None else [int(number) for number in scores.clusters]
-    if len(clusters) != len(scores.experts) or not set(clusters) <= set(range(n_clusters)):
+    if len(clusters) != len(scores.experts) or clusters != sorted(set(clusters) & set(range(n_clusters))):
         raise DataError(f"scores of {len(scores.experts)} experts do not fit clusters {clusters} of {n_clusters}")
     return clusters
 
@@ -123,7 +123,7 @@ class _Measured:
         self.clusters = validation.clusters
         self._scored = np.diff(self.offsets)
         self._bytes = validation.n_bytes
-        choosing = selection_documents(len(self.tokens))
+        choosing = validation.selection
         self.halves: dict[str, Mask] = {"selection": choosing, "report": ~choosing}
         self.threads = config.threads or os.cpu_count() or 1
 
@@ -175,6 +175,11 @@ class _Measured:
         chosen = self.halves[half] if among is None else self.halves[half] & among
         return _exp(nll[chosen].sum() / self.tokens[chosen].sum())
 
+    def tokens_of(self, half: str) -> Mask:
+        """The counted tokens of one half, shape (n_tokens,)."""
+        chosen: Mask = np.repeat(self.halves[half], self._scored)
+        return chosen if self.counted is None else chosen & self.counted
+
     def counts(self, half: str) -> dict[str, int]:
         chosen = self.halves[half]
         return {
@@ -185,11 +190,8 @@ class _Measured:
         }
 
     def resamples(self, chosen: Mask) -> Resamples:
-        return Resamples(
-            self.tokens[chosen],
-            random_state=self.config.random_state,
-            n_resamples=self.config.bootstrap_resamples,
-        )
+        config = self.config
+        return Resamples(self.tokens[chosen], random_state=config.random_state, n_resamples=config.bootstrap_resamples)
 
     def summaries(self, arms: Mapping[str, _Arm], dense: _Arm | None) -> dict[str, dict[str, Any]]:
         """Figures of each arm on the reported half, and its ratio to the dense model on the same documents."""
@@ -204,7 +206,8 @@ class _Measured:
             total = float(nll[index].sum())
             rows[name] = {
                 "perplexity": _exp(total / n_tokens),
-                "bits_per_byte": total / (math.log(2) * n_bytes),
+                # Tokens that are each a part of a character spell none.
+                "bits_per_byte": total / (math.log(2) * n_bytes) if n_bytes else math.inf,
                 "nats": total / n_tokens,
                 "interval": intervals[index].tolist(),
                 "impossible_tokens": int(arm.impossible[chosen].sum()),
@@ -222,9 +225,11 @@ class _Measured:
             row[name] = None if arm is None or not there else self.perplexity(arm.nll, "report", among)
         dense, ensemble = arms["dense"], arms["ensemble"]
         row |= dict.fromkeys(("interval", "dense_interval", "dense_ratio", "dense_ratio_interval"))
-        if dense is not None and there:
-            row["dense_ratio"] = row["ensemble"] / row["dense"] if math.isfinite(row["dense"]) else None
-        if ensemble is None or chosen.sum() < 2:
+        if ensemble is None or not there:
+            return row
+        if dense is not None:
+            row["dense_ratio"] = _ratio(ensemble.nll[chosen].sum(), dense.nll[chosen].sum(), row["n_tokens"])
+        if row["n_documents"] < 2:
             return row
         resamples = self.resamples(chosen)
         row["interval"] = resamples.intervals(ensemble.nll[None, chosen])[0].tolist()
@@ -253,20 +258,17 @@ class _Grid:
         settings = config.settings(len(mixed), n_clusters=distances.shape[1], scored_top_k=scores.top_k)
         routed = [setting for setting in settings if setting.ensemble != "prior"]
         sums = dict(zip(routed, measured.mix(experts, near, routed, progress=progress), strict=True))
-        chosen = _best_of(
-            measured, {s: sums[s] for s in routed if s.ensemble == "clustering" and s.top_k == _top(routed)}
-        )
+        top_k = max(setting.top_k for setting in routed if setting.ensemble == "clustering")
+        chosen = _best_of(measured, {s: sums[s] for s in routed if (s.ensemble, s.top_k) == ("clustering", top_k)})
         self.prior: Array | None = None
-        for setting in settings:
-            if setting.ensemble == "prior":
-                # The weights that documents have on average, of the documents that settings are chosen on.
-                self.prior = mean_routing_weights(
-                    near,
-                    np.repeat(measured.halves["selection"], np.diff(measured.offsets)),
-                    temperature=float(chosen.temperature or 0),
-                    distance_power=float(chosen.distance_power or 0),
-                )
-                sums |= dict(zip([setting], measured.mix(experts, near, [setting], prior=self.prior), strict=True))
+        for setting in [setting for setting in settings if setting.ensemble == "prior"]:
+            temperature, power = chosen.temperature, chosen.distance_power
+            assert temperature is not None  # as of every clustering setting
+            assert power is not None
+            self.prior = mean_routing_weights(
+                near, measured.tokens_of("selection"), temperature=temperature, distance_power=power
+            )
+            (sums[setting],) = measured.mix(experts, near, [setting], prior=self.prior)
         self._sums = {setting: sums[setting] for setting in settings}
         self.chosen = _Arm(sums[chosen].nll, sums[chosen].impossible)
 
@@ -305,10 +307,6 @@ class _Grid:
         }
 
 
-def _top(settings: Sequence[Setting]) -> int:
-    return max(setting.top_k for setting in settings if setting.ensemble == "clustering")
-
-
 def _best_of(measured: _Measured, group: Mapping[Setting, DocumentSums]) -> Setting:
     """The setting of the lowest perplexity on the selecting half; the first of equals."""
     return min(group, key=lambda setting: measured.perplexity(group[setting].nll, "selection"))
@@ -334,11 +332,8 @@ def _of_all(
 ) -> _Arm:
     """The ensemble of all trained experts, its temperature and exponent chosen as ever."""
     experts, near = _of_clusters(scores, distances, trained)
-    settings = [
-        Setting("clustering", len(trained), temperature=temperature, distance_power=power)
-        for power in config.distance_powers
-        for temperature in config.temperatures
-    ]
+    whole = config.model_copy(update={"ensembles": ("clustering",), "top_k": (len(trained),)})
+    settings = whole.settings(len(trained))
     sums = dict(zip(settings, measured.mix(experts, near, settings), strict=True))
     best = sums[_best_of(measured, sums)]
     return _Arm(best.nll, best.impossible)

@@ -63,14 +63,14 @@ def open_mixture(
     )
     clusterer, tokenizer = open_router_parts(run, scratch)
     router = PrefixRouter(clusterer.embedder.vocabulary_, clusterer.embedder.word_vectors_, clusterer.centers)
-    chosen = _chosen(run, top_k or len(clusters))
+    chosen = _chosen(run, len(clusters) if top_k is None else top_k)
     tokens = [prefix_token(run, member, scratch) for member in members]
     return MixtureForCausalLM(
         [load_model(run.fetch(run.train_spec(member), scratch / member.name)) for member in members],
         router.subset(clusters),
         tokenizer,
-        temperature=temperature or chosen.get("temperature", _TEMPERATURE),
-        distance_power=distance_power or chosen.get("distance_power", _DISTANCE_POWER),
+        temperature=chosen.get("temperature", _TEMPERATURE) if temperature is None else temperature,
+        distance_power=chosen.get("distance_power", _DISTANCE_POWER) if distance_power is None else distance_power,
         top_k=top_k,
         refresh=refresh,
         clusters=clusters,

@@ -20,7 +20,13 @@ from cbtm.corpus import Document
 from cbtm.errors import DataError, ManifestError
 from cbtm.merge.router import PrefixRouter
 from cbtm.merge.scorer import scored_rows
-from cbtm.merge.validation_set import ValidationSet, context_distances, evenly_spaced, token_starts
+from cbtm.merge.validation_set import (
+    ValidationSet,
+    context_distances,
+    evenly_spaced,
+    selection_documents,
+    token_starts,
+)
 from cbtm.progress import progress
 from cbtm.run import Run
 from cbtm.tokens import DocumentRecord
@@ -40,6 +46,7 @@ class HeldOut:
         records: Identity and size of each.
         counted: Which scored tokens of each count; None counts all.
         first: Which token of its document a row begins with: 0 is the separator, 1 the first of the text.
+        choosing: Which documents settings are chosen on, shape (n_documents,); the others are reported on.
     """
 
     rows: list[NDArray[np.int64]]
@@ -47,10 +54,13 @@ class HeldOut:
     records: list[DocumentRecord]
     counted: list[NDArray[np.bool_]] | None
     first: int
+    choosing: NDArray[np.bool_]
 
 
 def held_out(run: Run, scratch: Path) -> HeldOut:
     """Bring the token shards of the held-out documents to this machine, and cut them as the settings say.
+
+    Documents of which nothing is left that counts are left out, and counted in the log.
 
     Raises:
         DataError: If nothing is left to score.
@@ -60,24 +70,28 @@ def held_out(run: Run, scratch: Path) -> HeldOut:
     first = 0 if config.separator else 1
     places = evenly_spaced(documents.n_documents, config.max_documents)
     rows = scored_rows(_take(documents.documents(), places), config)
-    if first == 1:
-        # A document of one token has none that could be predicted from another.
-        scored = [len(row) > 1 for row in rows]
-        if not all(scored):
-            logger.warning(
-                "%d of %d held-out documents have a single token and are left out", scored.count(False), len(rows)
-            )
-        rows, places = (
-            [row for row, some in zip(rows, scored, strict=True) if some],
-            places[np.array(scored, dtype=bool)],
+    marks = _take(documents.learned_targets(), places)
+    counted = [mark[first : first + len(row) - 1] for mark, row in zip(marks, rows, strict=True)]
+    kept = [place for place, mark in enumerate(counted) if mark.any()]
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} held-out documents has a token to score with score.separator={config.separator} and "
+            f"score.max_tokens={config.max_tokens}; check corpus.validation_split"
         )
-    if not rows:
-        raise DataError("the validation split holds no document that can be scored")
-    counted = None
-    if documents.has_prompts:
-        marks = _take(documents.learned_targets(), places)
-        counted = [mark[first : first + len(row) - 1] for mark, row in zip(marks, rows, strict=True)]
-    return HeldOut(rows, clusters[places], _take(documents.records(), places), counted, first)
+    if len(kept) < len(rows):
+        # Of one token without the separator, or cut within its prompt: found here, and not after all is scored.
+        logger.warning(
+            "%d of %d held-out documents have no token that counts and are left out", len(rows) - len(kept), len(rows)
+        )
+    places = places[kept]
+    return HeldOut(
+        rows=[rows[place] for place in kept],
+        clusters=clusters[places],
+        records=_take(documents.records(), places),
+        counted=[counted[place] for place in kept] if documents.has_prompts else None,
+        first=first,
+        choosing=selection_documents(documents.n_documents)[places],
+    )
 
 
 def validation_set(run: Run, held: HeldOut, tokenizer: TextTokenizer) -> ValidationSet:
@@ -110,6 +124,7 @@ def validation_set(run: Run, held: HeldOut, tokenizer: TextTokenizer) -> Validat
         first=held.first,
         sp_ids=[record.sp_id for record in held.records],
         labels=labels,
+        choosing=held.choosing,
     )
 
 

@@ -64,8 +64,9 @@ def test_result_has_the_contract(made):
         assert set(row) >= {
             "ensemble", "distance_power", "temperature", "top_k", "perplexity", "bits_per_byte"
         }  # fmt: skip
-    # Two exponents, two temperatures, top-2 and top-1, and the uniform mean.
-    assert len(result["ensemble"]) == 2 * 2 * 2 + 1
+    # Two exponents, two temperatures, top-2 and top-1 by distance and by distance and probability; top-2 and top-1 by
+    # probability, by the last token or by all; the uniform mean, the prior, and the oracle.
+    assert len(result["ensemble"]) == 2 * (2 * 2 * 2) + 2 * 2 + 3
     assert [expert["cluster"] for expert in result["experts"]] == [0, 1]
     assert sum(expert["documents"] for expert in result["experts"]) == 160
 

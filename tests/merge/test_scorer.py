@@ -232,6 +232,8 @@ def test_facts_are_returned_and_written(tmp_path, model):
         "forward_passes": 2,
         "tokens_fed": 104,
         "compute_share": 1.0,
+        # One OPT layer of 16: 4 x (16 x 16 + 16) attention, 2,128 feed-forward, three norms of 32; a head of 300 x 16.
+        "body_share": 3312 / (3312 + 4800),
         "negative_log_prob": pytest.approx(-flat.astype(np.float64).mean(), rel=1e-12),
     }
     assert json.loads((tmp_path / "scores/scores.json").read_text()) == facts

@@ -217,7 +217,7 @@ def test_many_prompts_are_mixed_in_blocks_that_do_not_show(monkeypatch):
     experts = [random_scores(rng, made, 3) for _ in range(2)]
     arguments = (EvaluateConfig(**ONE), made, TaskMembers(experts[0], experts), near(made, 2))
     whole = evaluate_task(*arguments)
-    monkeypatch.setattr("cbtm.merge.ensembles._BLOCK_ELEMENTS", 40)  # 6 of 60 prompts at a time
+    monkeypatch.setattr("cbtm.merge.log_space._BLOCK_ELEMENTS", 40)  # 6 of 60 prompts at a time
     assert evaluate_task(*arguments) == whole
 
 
