@@ -1,6 +1,6 @@
 # Both images for every platform, as the workflow `images` publishes them:
 #
-#   eval "$(python3 -m components.images)" && docker buildx bake --file images/docker-bake.hcl
+#   set -a; eval "$(python3 -m components.images)"; docker buildx bake --file images/docker-bake.hcl
 #
 # The names come from components/images.py through the environment. `make images` builds for this machine alone, with
 # any engine, and takes the address of torch's CPU builds from here.

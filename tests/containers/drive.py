@@ -6,10 +6,11 @@ variables whose names begin as in PASSED go to every container, as a secret and 
 
 import os
 import sys
-from importlib import resources
 from pathlib import Path
 
 from kfp import components, local
+
+from cbtm.kubeflow.pipeline_file import for_this_machine, shipped_pipeline
 
 PASSED = ("AWS_", "CBTM_", "MLFLOW_", "GOMP_")
 
@@ -24,8 +25,7 @@ def main() -> None:
     settings = {"user": user[0]} if user else {}  # or else the one that the image names
     runner = local.DockerRunner(network_mode="host", environment=environment, labels={"cbtm.test": label}, **settings)
     local.init(runner=runner, pipeline_root=scratch, raise_on_error=True)
-    with resources.as_file(resources.files("cbtm") / "compiled" / "cbtm.yaml") as path:
-        pipeline = components.load_component_from_file(str(path))
+    pipeline = components.load_component_from_text(for_this_machine(shipped_pipeline()))
     pipeline(config=Path(config).read_text(encoding="utf-8"))
 
 
