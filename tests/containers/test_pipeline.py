@@ -133,7 +133,7 @@ def test_killed_expert_goes_on_from_its_checkpoint_and_an_outage_of_the_store_lo
     text = second.text()
     assert second.process.returncode == 0, second.tail()
     assert f"resumed at step={killed_at}/1200 from s3://{BUCKET}/disturbed/checkpoints/cluster-00000" in text
-    assert re.search(r"warning: \S+ does not answer", text)
+    assert re.search(r"warning: object store of \S+ does not answer", text)
     assert re.search(r"answers again after [0-9.]+ s", text)
     assert result_of(store, "disturbed") == result_of(store, "undisturbed")
     assert not has(store, "disturbed/checkpoints/")
