@@ -52,7 +52,7 @@ def serve(config: TrackingConfig, run_key: str, *, port: int, say: Callable[[str
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     try:
-        subprocess.run(
+        subprocess.run(  # noqa: S603 - no shell, our own interpreter
             [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
             env=environment,
             check=False,
