@@ -4,17 +4,14 @@ Paths and ports alone differ, because nothing here has a file system or a networ
 """
 
 import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import boto3
 import pytest
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from deployment import SECRET, container, overlay, variables
-from servers import Server, free_ports, status
+from deployment import SECRET, container, overlay
+from servers import status
 
 from cbtm import storage
 from cbtm.errors import StorageError
@@ -22,76 +19,7 @@ from cbtm.tracking import TrackingConfig, open_run
 
 pytestmark = pytest.mark.slow  # MLflow takes 10 to 25 s to start
 
-NAMESPACE = "team-a"
-BIN = Path(sys.executable).parent
-
-
-def environment(given: dict[str, str], home: Path) -> dict[str, str]:
-    """Only what the manifest gives, and what finds programs."""
-    return given | {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(home), "AWS_EC2_METADATA_DISABLED": "true"}
-
-
-@pytest.fixture(scope="module")
-def store(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the S3 store of the development overlay."""
-    folder = tmp_path_factory.mktemp("store")
-    manifests = overlay("development", filled)
-    of = container(manifests, "seaweedfs")
-    s3, *others = free_ports(4, highest=55000)  # each has a second one for gRPC, 10000 higher
-    arguments = [word.replace("/data", str(folder)).replace("8333", str(s3)) for word in of["args"]]
-    arguments += [f"-{name}.port={port}" for name, port in zip(("master", "volume", "filer"), others, strict=True)]
-    address = f"http://127.0.0.1:{s3}"
-    server = Server(
-        [str(BIN / of["command"][0]), *arguments],
-        environment(variables(manifests, "seaweedfs", NAMESPACE), folder),
-        address + of["readinessProbe"]["httpGet"]["path"],
-        folder / "log",
-    )
-    try:
-        server.wait()
-        yield address
-    finally:
-        server.kill()
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(filled: Path, store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the MLflow server of the development overlay, which keeps artifacts in the store."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    manifests = overlay("development", filled)
-    of = container(manifests, "mlflow")
-    given = variables(manifests, "mlflow", NAMESPACE)
-    given |= {
-        "MLFLOW_BACKEND_STORE_URI": given["MLFLOW_BACKEND_STORE_URI"].replace("/data/", f"{folder}/"),
-        "AWS_ENDPOINT_URL": store,
-    }
-    (port,) = free_ports(1)
-    arguments = [
-        word.replace("$(NAMESPACE)", NAMESPACE).replace("0.0.0.0", "127.0.0.1").replace("5000", str(port))
-        for word in of["args"]
-    ]
-    address = f"http://127.0.0.1:{port}"
-    server = Server(
-        [str(BIN / of["command"][0]), *of["command"][1:], *arguments],
-        environment(given, folder),
-        address + of["readinessProbe"]["httpGet"]["path"],
-        folder / "log",
-    )
-    try:
-        server.wait()
-        yield address
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def as_a_pod(store: str, filled: Path, s3_settings: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The variables that a pod of a run has from the secret."""
-    manifests = overlay("development", filled)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        s3_settings.setenv(name, variables(manifests, "mlflow", NAMESPACE)[name])
-    s3_settings.setenv("AWS_ENDPOINT_URL", store)
-    return s3_settings
+NAMESPACE = "team-a"  # as the fixture mlflow_server has it
 
 
 def test_the_store_takes_the_key_of_the_secret_and_makes_the_bucket(as_a_pod, tmp_path):
@@ -146,7 +74,7 @@ def test_a_kubelet_may_ask_for_health_by_the_address_of_the_pod(mlflow_server):
 
 
 def test_an_artifact_of_a_run_lies_in_the_bucket(mlflow_server, as_a_pod, tmp_path):
-    (tmp_path / "report.html").write_text("<p>figures</p>")
+    (tmp_path / "of-this-test.html").write_text("<p>figures</p>")
     tracker = open_run(
         TrackingConfig(uri=mlflow_server),
         name="ensemble",
@@ -154,9 +82,10 @@ def test_an_artifact_of_a_run_lies_in_the_bucket(mlflow_server, as_a_pod, tmp_pa
         run_key="key",
         journal=tmp_path / "journal.jsonl",
     )
-    tracker.log_artifact(tmp_path / "report.html")
+    tracker.log_artifact(tmp_path / "of-this-test.html")
     tracker.close()
-    (stored,) = [file.path for file in storage.list_files("s3://cbtm/mlflow") if file.path.endswith("report.html")]
+    paths = [file.path for file in storage.list_files("s3://cbtm/mlflow")]
+    (stored,) = [path for path in paths if path.endswith("/of-this-test.html")]
     assert storage.read_bytes(f"s3://cbtm/mlflow/{stored}") == b"<p>figures</p>"
 
 
