@@ -8,5 +8,6 @@ import os
 
 import cbtm
 
-CPU = os.environ.get("CBTM_IMAGE_CPU", f"ghcr.io/cbtm/cbtm-python-cpu:{cbtm.__version__}")
-GPU = os.environ.get("CBTM_IMAGE_GPU", f"ghcr.io/cbtm/cbtm-python-cuda:{cbtm.__version__}")
+VERSION = cbtm.__version__
+CPU = os.environ.get("CBTM_IMAGE_CPU", f"ghcr.io/cbtm/cbtm-python-cpu:{VERSION}")
+GPU = os.environ.get("CBTM_IMAGE_GPU", f"ghcr.io/cbtm/cbtm-python-cuda:{VERSION}")

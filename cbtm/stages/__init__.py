@@ -14,7 +14,22 @@ from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec, run_stage
 from cbtm.plan import Plan
 from cbtm.run import Run
+from cbtm.run_config import PlaceOverrides, RunConfig
 from cbtm.train.member import Member
+
+
+def check_cluster(text: str, place: PlaceOverrides, *, compiled_by: str) -> RunConfig:
+    """Check configuration, image, bucket and tracking server; returns the configuration of this place."""
+    from cbtm.stages import readiness
+
+    return readiness.check_cluster(text, place, compiled_by=compiled_by)
+
+
+def check_gpus(text: str, gpu_count: str, *, compiled_by: str) -> None:
+    """Check a pod that was to have `gpu_count` GPUs."""
+    from cbtm.stages import readiness
+
+    readiness.check_gpus(text, gpu_count, compiled_by=compiled_by)
 
 
 def plan(run: Run) -> Plan:

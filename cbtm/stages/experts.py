@@ -43,7 +43,7 @@ def _train(run: Run, member: Member, work: Path) -> dict[str, Any]:
     job = _job(run, member, work)  # before there is a turn at a device: it is not to wait for downloads
     with (
         device_slot(job.config.devices, threads=job.config.threads, device=job.config.device),
-        child(run, member.name, member.kind, cluster=member.cluster) as tracker,
+        child(run, member.name, member.kind, cluster=member.cluster, own_task=True) as tracker,
         progress(f"train:{member.name}", "steps") as shown,
     ):
         tracker.log_dataset(
