@@ -29,6 +29,7 @@ HELD = {
     "AWS_SECRET_ACCESS_KEY": SECRET,
     "MLFLOW_TRACKING_PASSWORD": PASSWORD,
     "HF_TOKEN": "hf_token-of-the-hub",
+    "CBTM_KFP_TOKEN": "token-of-kubeflow-pipelines",
     "KF_PIPELINES_SA_TOKEN": "token-of-the-service-account",
     "DATABASE_PASSWORD": "password-of-something-else",
 }

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from deployment import DEPLOY, OVERLAYS, PROJECT, SECRET, container, kustomize, only, overlay, secret
 
+from pipelines.pods import S3_VARIABLES
+
 # What Kubeflow 1.10 and later run on; the newest is the newest that the validator knows.
 KUBERNETES = ("1.29", "1.32", "1.37")
 SERVERS = ("mlflow", "seaweedfs")
@@ -52,7 +54,12 @@ def test_the_rights_for_training_jobs_are_valid_and_given_only_where_they_are_as
     for manifest in manifests:
         kubernetes_validate.validate(manifest, "1.32", strict=True)
     rights = only(manifests, "Role", "cbtm-trainjobs")["rules"]
-    assert {verb for rule in rights for verb in rule["verbs"]} == {"create", "get", "list", "watch", "delete"}
+    assert {(name, verb) for rule in rights for name in rule["resources"] for verb in rule["verbs"]} == {
+        *(("trainjobs", verb) for verb in ("create", "get", "delete")),
+        *(("pods", verb) for verb in ("get", "list")),
+        ("pods/log", "get"),
+        ("events", "list"),
+    }
     assert only(manifests, "RoleBinding", "cbtm-trainjobs")["roleRef"]["name"] == "cbtm-trainjobs"
     for name in OVERLAYS:
         assert not {"Role", "ClusterRole", "RoleBinding"} & {one["kind"] for one in overlay(name, filled)}
@@ -115,6 +122,13 @@ def test_launcher_and_pods_are_told_the_same_store(name, filled):
     # Plain http within the cluster alone.
     assert store["disableSSL"] is store["endpoint"].startswith("http://")
     assert store["disableSSL"] is (store["endpoint"] == "http://seaweedfs:8333")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_secret_is_the_one_that_the_pipeline_asks_for_with_the_keys_that_it_takes(name, filled):
+    pipeline = next(yaml.safe_load_all((PROJECT / "cbtm/compiled/cbtm.yaml").read_text()))
+    asked = pipeline["root"]["inputDefinitions"]["parameters"]["s3_secret"]["defaultValue"]
+    assert set(secret(overlay(name, filled), asked)) <= set(S3_VARIABLES)
 
 
 @pytest.mark.parametrize("name", ["development", "tracking"])
