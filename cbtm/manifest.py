@@ -178,6 +178,15 @@ def fetch(root: str, manifest: Manifest, paths: Sequence[str], target: Path) -> 
     return folder
 
 
+def made_before(spec: StageSpec) -> Manifest | None:
+    """Manifest of an output that is there and current, None of one that is still to be made."""
+    existing = load_if_there(spec.manifest_uri)
+    if not is_current(spec, existing):
+        return None
+    logger.info("stage=%s root=%s up to date", spec.stage, spec.root)
+    return existing
+
+
 def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> Manifest:
     """Return the stage's manifest, building its output only if it is not there already.
 

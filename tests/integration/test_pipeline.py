@@ -131,6 +131,25 @@ def test_second_run_takes_seconds_and_changes_nothing(finished, installed):
     assert manifest.stat().st_mtime_ns == before
 
 
+def test_task_with_nothing_left_to_do_imports_no_torch(finished, installed):
+    tasks = """
+import sys
+from cbtm import stages
+from cbtm.run import Run
+from cbtm.train.member import Member
+
+run = Run.parse(open("run.yaml").read())
+stages.plan(run)
+made = [stages.tokenizer(run), stages.cluster(run), stages.assign(run, "train-00000"), stages.evaluate(run)]
+for name in ("seed", "dense", "cluster-00001"):
+    made += [stages.train(run, Member.parse(name)), stages.score(run, Member.parse(name))]
+assert len({manifest.digest for manifest in made}) == 10
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", tasks]
+    subprocess.run(command, cwd=finished, env=environment(installed), check=True, timeout=120)
+
+
 def descendants(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
