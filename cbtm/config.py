@@ -57,7 +57,7 @@ def parse_text(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: If it is not YAML, a key is doubled, or the top level is not a mapping.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}") from None
     if values is None:
@@ -105,7 +105,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], *, opti
 
 def _override_value(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: the value is not YAML: {error}") from None
 

@@ -78,7 +78,7 @@ def run_pipeline(run: Run) -> None:
         "PYTHONUNBUFFERED": "1",
     }
     with log.open("wb") as out:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
             [sys.executable, "-m", "cbtm.local", config],
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -45,8 +45,7 @@ class FileEntry(BaseModel):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts:
+        if not PurePosixPath(path).parts or storage.climbs(path):
             raise ValueError(f"path {path!r} leaves the manifest's folder")
         return path
 

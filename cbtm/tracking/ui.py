@@ -10,6 +10,7 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from cbtm.errors import ConfigError, DataError
+from cbtm.process import end_with_parent
 from cbtm.tracking.config import TrackingConfig
 from cbtm.tracking.mlflow_store import MlflowStore
 
@@ -51,8 +52,11 @@ def serve(config: TrackingConfig, run_key: str, *, port: int, say: Callable[[str
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     try:
-        subprocess.run(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], env=environment, check=False
+        subprocess.run(  # noqa: S603 - no shell, our own interpreter
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env=environment,
+            check=False,
+            preexec_fn=end_with_parent,  # a server that outlives this command would hold the port
         )
     except KeyboardInterrupt:
         say("stopped")

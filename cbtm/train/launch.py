@@ -131,7 +131,7 @@ def _running(folder: LaunchFolder, job: TrainJob, n_processes: int, target: str)
     job.save(folder.job)
     command = [sys.executable, "-m", MODULE, "agent", str(os.getpid()), str(folder.root), target, str(n_processes)]
     with folder.agent_log.open("wb") as out:
-        agent = subprocess.Popen(
+        agent = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,

@@ -6,7 +6,7 @@ from typing import Any
 import docker
 import pytest
 from in_containers import ARTIFACTS, BUCKET, Containers
-from servers import ObjectStore, TrackingServer
+from container_servers import ObjectStore, TrackingServer
 from small import write_corpus
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import pytest
 from in_containers import ARTIFACTS, BUCKET, Containers, Running
-from servers import ObjectStore, TrackingServer, wait_until
+from container_servers import ObjectStore, TrackingServer, wait_until
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(600)]
 
