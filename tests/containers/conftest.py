@@ -5,8 +5,8 @@ from typing import Any
 
 import docker
 import pytest
-from in_containers import ARTIFACTS, BUCKET, Containers
 from container_servers import ObjectStore, TrackingServer
+from in_containers import ARTIFACTS, BUCKET, Containers
 from small import write_corpus
 
 

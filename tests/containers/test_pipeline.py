@@ -8,8 +8,8 @@ from typing import Any
 
 import mlflow
 import pytest
-from in_containers import ARTIFACTS, BUCKET, Containers, Running
 from container_servers import ObjectStore, TrackingServer, wait_until
+from in_containers import ARTIFACTS, BUCKET, Containers, Running
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(600)]
 
