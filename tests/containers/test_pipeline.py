@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -47,6 +49,19 @@ def newest_checkpoint(store: ObjectStore, root: str, member: str) -> int:
     found = store.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", ())
     steps = [int(item["Key"].removeprefix(prefix).split("/")[0]) for item in found if "manifest.json" in item["Key"]]
     return max(steps, default=0)
+
+
+def waiting_for_cores() -> float:
+    """How many times as long as alone two processes take now: 1 on an idle machine with two cores."""
+    second = """
+import time
+began = time.perf_counter()
+while time.process_time() < 1:
+    pass
+print(time.perf_counter() - began)
+"""
+    both = [subprocess.Popen([sys.executable, "-c", second], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return max(float(process.communicate()[0]) for process in both)
 
 
 def test_manifests_tell_the_truth_about_every_object(finished, store):
@@ -94,6 +109,7 @@ def test_tracking_server_has_a_parent_with_a_child_for_each_model(finished, trac
 
 def test_run_with_nothing_left_to_do_writes_nothing_and_takes_two_seconds_a_task(finished, containers, store):
     before = versions(store, "undisturbed")
+    before_it = waiting_for_cores()
     again = containers.run(containers.config("undisturbed"), "again", user=OTHER_USER)
     text = again.text()
     assert not re.findall(r"stage=\S+ root=\S+ files=\d+ done", text)
@@ -101,7 +117,9 @@ def test_run_with_nothing_left_to_do_writes_nothing_and_takes_two_seconds_a_task
     assert {key for key in before | after if before.get(key) != after.get(key)} <= {"undisturbed/config.json"}
     n_tasks = len(re.findall(r"Executing task", text))
     assert n_tasks >= 14
-    assert again.seconds / n_tasks < 2, (again.seconds, n_tasks)
+    # Measured where others take their share of the cores, the bound is as much wider.
+    slower = max(before_it, waiting_for_cores())
+    assert again.seconds / n_tasks < 2 * slower, (again.seconds, n_tasks, slower)
 
 
 def test_killed_expert_goes_on_from_its_checkpoint_and_an_outage_of_the_store_loses_nothing(
