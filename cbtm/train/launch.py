@@ -74,7 +74,7 @@ def train_on(
         CbtmError: The error of the rank that failed first, with its exit code.
         WorkerFailedError: If that rank failed by a defect, or was ended from outside.
     """
-    folder = LaunchFolder(job.scratch / "launch")
+    folder = LaunchFolder.below(job.scratch)
     if n_processes > 1:
         _check_devices(job.config, n_processes)
     with stop_requested() as stop:
@@ -148,7 +148,7 @@ def _running(
             start_new_session=True,
             pass_fds=held_locks(),  # if this process is killed its devices stay taken until the agent has ended
         )
-    launch = _Launch(folder, agent, range(n_processes) if node is None else node.ranks(n_processes))
+    launch = _Launch(folder, agent, node or Node(0, 1, "", 0), n_processes)
     try:
         yield launch
     finally:
@@ -252,9 +252,10 @@ def _open_process(pid: int) -> int | None:
 class _Launch:
     """torchrun and its workers, from the start to their end."""
 
-    def __init__(self, folder: LaunchFolder, agent: "subprocess.Popen[bytes]", ranks: range) -> None:
+    def __init__(self, folder: LaunchFolder, agent: "subprocess.Popen[bytes]", node: Node, n_processes: int) -> None:
         self._folder, self._agent = folder, agent
-        self._ranks = [_Rank(rank, folder) for rank in ranks]
+        self._ranks = [_Rank(rank, folder) for rank in node.ranks(n_processes)]
+        self._n_ranks = node.count * n_processes
         self._killed: set[int] = set()  # by this launch
         self._stop_began: float | None = None
         self._failure_seen: float | None = None
@@ -325,13 +326,10 @@ class _Launch:
         ranks = [rank.rank for rank in self._ranks]
         failed = [RankError.load(path) for path in map(self._folder.error, ranks) if path.is_file()]
         ended = json.loads(self._folder.ended.read_bytes()) if self._folder.ended.is_file() else []
-        outcome = Outcome(
-            n_ranks=len(ranks),
-            errors=failed,
-            exit_codes={one["rank"]: one["exit_code"] for one in ended if one["rank"] not in self._killed},
-            stopping=self._stop_began is not None,
-            log=self._folder.log,
-        )
+        codes = {one["rank"]: one["exit_code"] for one in ended if one["rank"] not in self._killed}
+        stopping = self._stop_began is not None
+        self._folder.save_outcome(failed, codes, stopping=stopping)
+        outcome = Outcome(self._n_ranks, failed, codes, stopping, log=self._folder.log, n_heard=len(ranks))
         error = outcome.error()
         if error is not None:
             raise error

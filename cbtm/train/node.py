@@ -1,14 +1,20 @@
-"""One machine among those that train a model together, as torchrun is told of it."""
+"""One machine among those that train a model together: what it is, and what torchrun is told of it."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import Field
+
+from cbtm.config import Config
 from cbtm.errors import ConfigError
 
 # What a PyTorch runtime of Kubeflow Trainer sets in each pod; torchrun would read them by itself.
 _NUMBER, _COUNT, _PROCESSES = "PET_NODE_RANK", "PET_NNODES", "PET_NPROC_PER_NODE"
 _ADDRESS, _PORT = "PET_MASTER_ADDR", "PET_MASTER_PORT"
+
+_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"  # of Kubernetes, without exponents
 
 
 @dataclass(frozen=True)
@@ -65,3 +71,41 @@ class Node:
         """Inverse of `arguments`."""
         number, count, address, port = arguments
         return cls(int(number), int(count), address, int(port))
+
+
+class NodeConfig(Config):
+    """What each machine of a training on several is, and how Kubernetes is asked for it.
+
+    What is None is as in the pod of the task itself, where that runs in one.
+
+    Attributes:
+        namespace: Kubernetes namespace of the TrainJob.
+        runtime: Name of a ClusterTrainingRuntime with mlPolicy.torch.
+        image: Container image with the same version of cbtm.
+        gpu_type: Resource name of the GPUs, of which a machine gets `devices`; on the CPU it gets none.
+        cpu: CPUs of a machine, as Kubernetes writes quantities.
+        memory: Memory of a machine, `shm_size` included.
+        shm_size: Size of /dev/shm, which is memory.
+        tolerations: Tolerations of the pods, as Kubernetes writes them.
+        node_selector: Labels of the nodes that the pods may run on.
+        service_account: Service account of the pods.
+        secret: Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, where needed, AWS_SESSION_TOKEN,
+            AWS_ENDPOINT_URL and AWS_DEFAULT_REGION.
+        queue: Local queue of Kueue that admits the TrainJob.
+        restarts: How often in succession all machines are started again after one was lost, if they come no further;
+            they go on from the last checkpoint.
+    """
+
+    namespace: str | None = Field(default=None, min_length=1)
+    runtime: str = Field(default="torch-distributed", min_length=1)
+    image: str | None = Field(default=None, min_length=1)
+    gpu_type: str = Field(default="nvidia.com/gpu", min_length=1)
+    cpu: str | None = Field(default=None, pattern=_QUANTITY)
+    memory: str | None = Field(default=None, pattern=_QUANTITY)
+    shm_size: str = Field(default="8Gi", pattern=_QUANTITY)
+    tolerations: tuple[dict[str, Any], ...] | None = None
+    node_selector: dict[str, str] | None = None
+    service_account: str | None = Field(default=None, min_length=1)
+    secret: str | None = Field(default=None, min_length=1)
+    queue: str | None = Field(default=None, min_length=1)
+    restarts: int = Field(default=3, ge=0)

@@ -6,6 +6,7 @@ file that is written whole. torchrun itself says which rank ended and how; its o
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import fcntl
 import importlib
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 Train = Callable[..., dict[str, Any]]
 
 MODULE = "cbtm.train.worker"
+_OUTCOME = "outcome.json"
 _PROGRESS_SECONDS = 0.1  # between two events of progress: a bar needs no more
 
 
@@ -40,6 +42,11 @@ class LaunchFolder:
     """Files of one launch, below the job's scratch folder."""
 
     root: Path
+
+    @classmethod
+    def below(cls, scratch: Path) -> "LaunchFolder":
+        """That of a job with this scratch folder."""
+        return cls(scratch / "launch")
 
     @property
     def job(self) -> Path:
@@ -55,6 +62,21 @@ class LaunchFolder:
     def ended(self) -> Path:
         """What torchrun's agent says of ranks that ended otherwise: rank and exit code, the first one first."""
         return self.root / "ended.json"
+
+    def save_outcome(self, errors: list[RankError], exit_codes: dict[int, int], *, stopping: bool) -> None:
+        """Write down how the ranks ended, as the launch sees it, for those who look at more than its own error."""
+        told = {"errors": [dataclasses.asdict(error) for error in errors], "exit_codes": exit_codes}
+        storage.write_bytes(str(self.root / _OUTCOME), json.dumps({**told, "stopping": stopping}).encode())
+
+    def clear_outcome(self) -> None:
+        """Forget that of an earlier launch."""
+        (self.root / _OUTCOME).unlink(missing_ok=True)
+
+    def load_outcome(self) -> dict[str, Any] | None:
+        """What `save_outcome` wrote; None if the launch has not come to its end."""
+        path = self.root / _OUTCOME
+        found: dict[str, Any] | None = json.loads(path.read_bytes()) if path.is_file() else None
+        return found
 
     @property
     def agent_log(self) -> Path:
