@@ -84,7 +84,8 @@ def test_a_trainjob_is_made_once_and_read(api):
 
 
 def test_deletion_asks_the_pods_to_end_and_waits_for_them(api, kubernetes):
-    code = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(75)))\nprint('up', flush=True)\n"
+    code = "import signal, sys, time\nsignal.signal(15, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
+    code += "print(1, flush=True)\n"
     api.create(job(python(code + "while True: time.sleep(0.1)")))
     wait_for(lambda: all(pod.lines for pod in kubernetes.pods))
     uid = api.read("one")["metadata"]["uid"]

@@ -149,10 +149,10 @@ def _ensure(launch: Launch, stop: threading.Event) -> str:
     api, name = launch.api, launch.name
     made = False
     while True:
-        if stop.is_set():
-            raise Interrupted("stopped before any machine was asked for")
         found = api.read(name)
         if found is None:
+            if stop.is_set():
+                raise Interrupted("stopped before any machine was asked for")
             launch.exchange.clear()
             launch.exchange.write_task(launch.task)
             made = api.create(launch.manifest)
@@ -206,7 +206,7 @@ class _Attempt:
         while True:
             found = self._launch.api.read(self._launch.name)
             if (placed := _result(self._launch)) is not None:
-                self._hear_out()
+                self._hear_out(all_end=True)
                 return placed
             if found is None or found["metadata"]["uid"] != self._uid:
                 raise KubernetesError(
@@ -231,9 +231,11 @@ class _Attempt:
                 self.step = metrics[1]
                 self._report(*metrics)
 
-    def _hear_out(self) -> None:
-        self._listen(self._launch.api.pods(self._launch.name))
-        self._logs.wait(_LAST_WORDS_SECONDS)
+    def _hear_out(self, *, all_end: bool = False) -> None:
+        """Pass on the last words of the pods that have ended, or of all that are about to."""
+        pods = self._launch.api.pods(self._launch.name)
+        self._listen(pods)
+        self._logs.wait(_LAST_WORDS_SECONDS, [pod for pod in pods if all_end or not pod.runs])
         self._listen([])
 
     # --- how it ends ---
@@ -285,14 +287,15 @@ class _Attempt:
         launch = self._launch
         logger.info("stopping: the machines save a checkpoint, and TrainJob %s is removed", launch.name)
         launch.api.delete(launch.name, self._uid)
-        until = time.monotonic() + STOP_SECONDS
+        until, pods = time.monotonic() + STOP_SECONDS, list[NodePod]()
         while time.monotonic() < until:
             found = launch.api.read(launch.name)
             if found is None or found["metadata"]["uid"] != self._uid:
                 break
-            self._listen(launch.api.pods(launch.name))
+            pods = launch.api.pods(launch.name) or pods
+            self._listen(pods)
             time.sleep(min(1.0, _POLL_SECONDS))
-        self._logs.wait(_LAST_WORDS_SECONDS)
+        self._logs.wait(_LAST_WORDS_SECONDS, pods)
         self._listen([])
         if (placed := _result(launch)) is not None:
             return placed  # it had come to its end already

@@ -58,11 +58,12 @@ class PodLogs:
             found.append(self._lines.get())
         return found
 
-    def wait(self, seconds: float) -> None:
-        """Wait until all that is followed has come to its end."""
+    def wait(self, seconds: float, pods: Iterable[NodePod]) -> None:
+        """Wait until the logs of these pods have been read to their ends."""
         until = time.monotonic() + seconds
-        for followed in self._pods.values():
-            if followed.thread is not None:
+        for pod in pods:
+            followed = self._pods.get(pod.uid)
+            if followed is not None and followed.thread is not None:
                 followed.thread.join(max(0.0, until - time.monotonic()))
 
     def _read(self, pod: NodePod, followed: _Followed, has_ended: bool) -> None:
