@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Report = Callable[[Mapping[str, float], int], None]
 
 _POLL_SECONDS = 5.0
-_SETTLE_SECONDS = 30.0  # for the other machines to say why they ended, once one has
+_SETTLE_SECONDS = 90.0  # for the other machines to say why they end, once one has: a checkpoint may be on its way
 _LAST_WORDS_SECONDS = 10.0  # for the end of the logs to arrive
 _WAITING_SECONDS = 600.0  # for a pod that cannot start for a reason that seldom passes
 _HOPELESS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError", "RunContainerError"}
@@ -252,7 +252,7 @@ class _Attempt:
             raise _Ended(cause)
         if self._trouble_since is None:
             self._trouble_since = time.monotonic()
-        if time.monotonic() - self._trouble_since < _SETTLE_SECONDS:
+        if any(pod.runs for pod in pods) and time.monotonic() - self._trouble_since < _SETTLE_SECONDS:
             return
         self._hear_out()
         raise trouble if isinstance(trouble, MachineLost) else _Ended(trouble)

@@ -15,7 +15,8 @@ from cbtm import manifest, storage
 from cbtm.errors import CbtmError, StorageError
 from cbtm.manifest import FileEntry, StageSpec
 
-_SECONDS = 600.0  # what a machine may be behind the first one; their parts are of about one size
+# Machines begin to upload at the same time, parts of about one size: one that is lost is not waited for much longer.
+_SECONDS, _TIMES = 60.0, 3.0
 
 
 def place_part(spec: StageSpec, folder: Path, *, node: int, token: str) -> None:
@@ -40,11 +41,14 @@ def publish_parts(
     """Upload the first machine's part and, once all others are there, write the manifest over them.
 
     Raises:
-        StorageError: If another machine could not upload its part, or has not within `seconds`.
+        StorageError: If another machine could not upload its part, or has not within `seconds` and some times more
+            than the first machine has taken.
     """
+    began = time.monotonic()
     own = manifest.describe(folder)
     manifest.place(spec, folder, own)
-    others = _wait_for_lists(spec, range(1, n_nodes), token, seconds)
+    taken = time.monotonic() - began
+    others = _wait_for_lists(spec, range(1, n_nodes), token, seconds + _TIMES * taken)
     manifest.conclude(spec, sorted([*own, *others], key=lambda file: file.path), metadata)
     storage.delete(spec.root, [_name(node, token) for node in range(1, n_nodes)])
 

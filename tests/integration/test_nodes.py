@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -11,10 +12,14 @@ from safetensors.torch import load_file
 from small import settings
 
 from cbtm import manifest, stages, storage
-from cbtm.errors import Interrupted
+from cbtm.cluster.assigner import LEARNED, token_shard
+from cbtm.errors import Interrupted, ManifestError
+from cbtm.kubernetes import connect
 from cbtm.run import Run
 from cbtm.run_config import parse_config
-from cbtm.train import nodes
+from cbtm.stages.node import run_node
+from cbtm.train import nodes, trainjob
+from cbtm.train.exchange import Exchange, NodeTask
 from cbtm.train.member import Member
 
 pytestmark = pytest.mark.slow
@@ -127,3 +132,79 @@ def test_cancelled_launch_saves_on_its_machines_and_the_next_goes_on(planned, ku
         stages.train(run, EXPERT)
     thread.join()
     assert f"resumed at step={reached}/{steps}" in caplog.text
+
+
+def test_machine_that_is_killed_is_replaced_and_the_model_is_the_same(planned, kubernetes, tmp_path, caplog):
+    caplog.set_level("INFO")
+    settings = {"steps": 600, "checkpoint_every": 50, "log_every": 200}
+    run = make_run(*planned, nodes=2, sharding="fsdp2", **settings)
+
+    def kill():
+        manifests = run.uri("checkpoints", EXPERT.name)
+        wait_for(lambda: any(file.path.endswith("manifest.json") for file in storage.list_files(manifests)))
+        kubernetes.pods[1].kill(signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    made = stages.train(run, EXPERT)
+    thread.join()
+    assert made.metadata["steps"] == 600
+    assert len(kubernetes.posted) == 2
+    assert "all machines are started again (1)" in caplog.text
+    resumed = re.search(r"resumed at step=(\d+)/600", caplog.text)
+    assert resumed is not None
+    assert int(resumed[1]) % 50 == 0
+    replaced = weights(run, tmp_path / "nodes")
+
+    storage.delete(run.member_root(EXPERT), ["manifest.json"])
+    one = make_run(*planned, devices=2, sharding="fsdp2", **settings)
+    stages.train(one, EXPERT)
+    whole = weights(one, tmp_path / "devices")
+    for name, tensor in replaced.items():
+        assert tensor.numpy() == pytest.approx(whole[name].numpy(), rel=1e-3, abs=1e-4), name
+
+
+def test_error_on_the_machines_is_the_one_that_the_stage_shows(planned, kubernetes):
+    run = make_run(*planned, nodes=2)
+    folder = run.uri(token_shard(LEARNED, "train", EXPERT.cluster, run.plan_made.part("train")[0].name)[0])
+    (shard, *_) = storage.list_files(folder)
+    storage.write_bytes(storage.join(folder, shard.path), b"x" * shard.size)
+    with pytest.raises(ManifestError) as error:
+        stages.train(run, EXPERT)
+    assert "was changed or cut short after its manifest was written" in str(error.value)
+    wait_for(lambda: not kubernetes.jobs)
+    assert {pod.ended["exitCode"] for pod in kubernetes.pods} <= {2, 143}
+    assert not storage.exists(storage.join(run.member_root(EXPERT), "manifest.json"))
+
+
+def test_machine_that_would_train_something_else_refuses(planned, monkeypatch):
+    run = make_run(*planned, nodes=2)
+    shared = Exchange(run.uri("nodes", EXPERT.name))
+    shared.write_task(NodeTask(config=run.config.model_dump_json(), member=EXPERT.name, key="of another version"))
+    pod = {"NNODES": "2", "NPROC_PER_NODE": "1", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in pod.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    with pytest.raises(ManifestError, match="node 1 would train something else than it was asked for: another version"):
+        run_node(shared.task_uri)
+    (told,) = shared.failures()
+    assert (told.node, told.errors[0]["kind"]) == (1, "ManifestError")
+
+
+def test_training_on_one_machine_ends_the_trainjob_of_an_earlier_try_first(planned, kubernetes, caplog):
+    caplog.set_level("INFO")
+    several = make_run(*planned, nodes=2, steps=100_000, log_every=1)
+    shared = Exchange(several.uri("nodes", EXPERT.name))
+    shared.write_task(NodeTask(config="{}", member=EXPERT.name, key="k"))
+    job = {"numNodes": 1, "numProcPerNode": 1, "image": "i", "command": ["sleep", "100"], "args": []}
+    name = trainjob.job_name(several.config.root, EXPERT.name)
+    connect(None).create(
+        {
+            "apiVersion": "trainer.kubeflow.org/v1alpha1",
+            "kind": "TrainJob",
+            "metadata": {"name": name},
+            "spec": {"runtimeRef": {"name": "torch-distributed"}, "trainer": job},
+        }
+    )
+    stages.train(make_run(*planned), EXPERT)
+    assert kubernetes.jobs == {}
+    assert storage.list_files(several.uri("nodes")) == []
