@@ -6,7 +6,7 @@ PORT   ?= 5000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types compile compile-check check ui clean help
+.PHONY: demo test test-containers images lint types compile compile-check check ui clean help
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -15,6 +15,12 @@ demo: $(READY)  ## Run the whole pipeline on real text (CORPUS=folder of own tex
 
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest
+
+images: $(READY) ## Build the images with the engine of this machine (BASE=another base)
+	images/build
+
+test-containers: $(READY) ## Run the pipeline in its images, against Ceph and an MLflow server
+	tests/containers/run
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

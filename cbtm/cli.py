@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cbtm import __version__, storage
+from cbtm.cli_cluster import cluster_app
 from cbtm.cli_corpus import corpus_app, say
 from cbtm.errors import CbtmError, ConfigError
 from cbtm.process import log_to_stderr, s3_patience
@@ -320,7 +321,7 @@ def generate(
             top_k=top_k,
             temperature=temperature,
             distance_power=distance_power,
-            refresh="once" if refresh == "once" else _numbers(refresh, "--refresh")[0],
+            refresh=_refresh(refresh),
             experts=None if experts is None else _numbers(experts, "--experts"),
         )
         made = generate_text(
@@ -362,6 +363,17 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     for problem in report.problems:
         typer.echo(problem, err=True)
     raise typer.Exit(0 if report.records_left == 0 else 1)
+
+
+app.registered_commands += cluster_app.registered_commands  # after those of one machine
+
+
+def _refresh(text: str) -> int | Literal["once"]:
+    if text == "once":
+        return "once"
+    if not text.isdecimal():
+        raise ConfigError(f"--refresh {text} is neither a number of tokens nor once")
+    return int(text)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -57,7 +57,7 @@ def parse_text(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: If it is not YAML, a key is doubled, or the top level is not a mapping.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {error}") from None
     if values is None:
@@ -78,10 +78,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return parse_text(text, source=str(path))
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str], *, option: str = "--set") -> dict[str, Any]:
     """Return a copy of nested `values` with each `a.b=c` of `overrides` set; c is read as YAML.
 
-    A section that is not there, or is empty, is made.
+    A section that is not there, or is empty, is made. `option` is what errors call an override.
 
     Raises:
         ConfigError: If an override has no `=` or goes through something that is not a section.
@@ -91,23 +91,23 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         key, separator, text = override.partition("=")
         path = key.strip().split(".")
         if not separator or not all(path):
-            raise ConfigError(f"--set {override!r}: expected section.key=value")
+            raise ConfigError(f"{option} {override!r}: expected section.key=value")
         section = result
         for part in path[:-1]:
             if section.get(part) is None:
                 section[part] = {}
             section = section[part]
             if not isinstance(section, dict):
-                raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
-        section[path[-1]] = _override_value(text, override)
+                raise ConfigError(f"{option} {override!r}: {part!r} is a value, not a section")
+        section[path[-1]] = _override_value(text, f"{option} {override!r}")
     return result
 
 
-def _override_value(text: str, override: str) -> Any:
+def _override_value(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"{source}: the value is not YAML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -310,7 +310,7 @@ def _explain(error: Any) -> str:
     if status == 404 and not _status(error):
         return "it has no TrainJobs; install Kubeflow Trainer 2.3 or newer"
     if status in (401, 403):
-        return f"{told}; the service account needs the role in docs/usage.md"
+        return f"{told}; give the service account the rights in deploy/trainjobs"
     if "unknown field" in told:
         return f"{told}; Kubeflow Trainer 2.3 or newer knows it"
     return told

@@ -1,9 +1,9 @@
 """The compiled pipeline on this machine: no cluster, no container engine, no server.
 
-kfp.local executes the same YAML that a Kubeflow cluster gets, every task in a process of its own, as many of a loop at
-once as this machine has devices for. It prints freely and takes over the root logger, so it runs as a child process
-whose output goes to a log file; this process follows that file and shows one line of progress on a terminal, and little
-elsewhere.
+kfp.local executes the same YAML that a Kubeflow cluster gets, but for its retries, every task in a process of its own,
+as many of a loop at once as this machine has devices for. It prints freely and takes over the root logger, so it runs
+as a child process whose output goes to a log file; this process follows that file and shows one line of progress on a
+terminal, and little elsewhere.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from cbtm import stages, storage
 from cbtm.config import digest_of
 from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
+from cbtm.kubeflow.pipeline_file import COMPILED, for_this_machine, shipped_pipeline
 from cbtm.process import end_with_parent
 from cbtm.progress import PREFIX
 from cbtm.run import Run
@@ -38,7 +38,6 @@ from cbtm.train.slots import default_folder, tasks_at_once, visible_gpus
 
 logger = logging.getLogger(__name__)
 
-COMPILED = "compiled/cbtm.yaml"
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = STOP_SECONDS + 60  # the longest that a training may take to save, and what comes after
 _STAGE_DONE = re.compile(r"stage=(\S+) root=(\S+) (files=\d+ done|up to date)")
@@ -79,7 +78,7 @@ def run_pipeline(run: Run) -> None:
         "PYTHONUNBUFFERED": "1",
     }
     with log.open("wb") as out:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
             [sys.executable, "-m", "cbtm.local", config],
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -280,9 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cbtm-kfp-") as scratch:
         # Small artifacts only (manifests, the report); what they speak of lies below the run's root.
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=scratch, raise_on_error=True)
-        source = resources.files("cbtm").joinpath(COMPILED)
-        with resources.as_file(source) as path:
-            pipeline = components.load_component_from_file(str(path))
+        pipeline = components.load_component_from_text(for_this_machine(shipped_pipeline()))
         logging.getLogger(__name__).info("pipeline=%s root=%s", COMPILED, root)
         pipeline(config=config)
 

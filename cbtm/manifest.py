@@ -45,8 +45,7 @@ class FileEntry(BaseModel):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, path: str) -> str:
-        parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts:
+        if not PurePosixPath(path).parts or storage.climbs(path):
             raise ValueError(f"path {path!r} leaves the manifest's folder")
         return path
 
@@ -177,6 +176,15 @@ def fetch(root: str, manifest: Manifest, paths: Sequence[str], target: Path) -> 
     for path in paths:
         _check_file(folder / path, wanted[path], root)
     return folder
+
+
+def made_before(spec: StageSpec) -> Manifest | None:
+    """Manifest of an output that is there and current, None of one that is still to be made."""
+    existing = load_if_there(spec.manifest_uri)
+    if not is_current(spec, existing):
+        return None
+    logger.info("stage=%s root=%s up to date", spec.stage, spec.root)
+    return existing
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 _process_patience = 0.0
 _patience_here: ContextVar[float | None] = ContextVar("patience", default=None)
 _ends: ContextVar[tuple[threading.Event, ...]] = ContextVar("ends", default=())
-_jitter = random.Random()  # not the global one, whose seed is not ours
+_jitter = random.Random()  # noqa: S311 - lengths of pauses; not the global one, whose seed is not ours
 
 
 def be_patient(seconds: float) -> None:

@@ -49,6 +49,11 @@ def stage_process() -> Iterator[None]:
         sys.exit(error.exit_code)
 
 
+def in_kubernetes() -> bool:
+    """Tell whether this process runs in a pod: Kubernetes gives every container the address of its own API."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ
+
+
 def s3_patience() -> float:
     """Seconds that work which nobody watches waits for an S3 that is away: CBTM_S3_PATIENCE (300).
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -168,9 +169,45 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return _checked(apply_overrides(read_file(path), overrides or []), str(path))
 
 
-def parse_config(text: str) -> RunConfig:
-    """Check a run's configuration given as YAML or JSON text, as the pipeline passes it."""
-    return _checked(parse_text(text, source="config"), "config")
+@dataclass(frozen=True)
+class PlaceOverrides:
+    """What the place of a run knows better than its configuration; None keeps what the configuration says.
+
+    Attributes:
+        root: Folder or s3:// prefix that receives the run.
+        tracking_uri: Address of the MLflow server.
+        price_per_hour: Price of one device for an hour, as text.
+        more: Further values, each as section.key=value.
+    """
+
+    root: str | None = None
+    tracking_uri: str | None = None
+    price_per_hour: str | None = None
+    more: tuple[str, ...] = ()
+
+    def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the values of a configuration with these in it.
+
+        Raises:
+            ConfigError: If one of `more` is no override, or goes through something that is not a section.
+        """
+        found = apply_overrides(values, self.more, option="overrides")
+        if self.root is not None:
+            found["root"] = self.root
+        if self.tracking_uri is not None:
+            found["tracking"] = {**(found.get("tracking") or {}), "uri": self.tracking_uri}
+        if self.price_per_hour is not None:
+            found["train"] = {**(found.get("train") or {}), "price_per_hour": self.price_per_hour}
+            seed = found.get("seed_model") or {}
+            if seed.get("training"):
+                found["seed_model"] = {**seed, "training": {**seed["training"], "price_per_hour": self.price_per_hour}}
+        return found
+
+
+def parse_config(text: str, place: PlaceOverrides | None = None) -> RunConfig:
+    """Check a run's configuration given as YAML or JSON text, as the pipeline passes it, for a place."""
+    values = parse_text(text, source="config")
+    return _checked(place.apply(values) if place else values, "config")
 
 
 def demo_config(root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str]) -> RunConfig:

@@ -306,6 +306,11 @@ def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{uri!r} names no bucket; expected s3://bucket/key")
+    if "@" in bucket:  # the message does not repeat it
+        raise StorageError(
+            "an s3:// URI was given with a credential before its bucket; leave it out, and set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
     return bucket, key.strip("/")
 
 
@@ -369,6 +374,11 @@ def _explain(error: Exception, uri: str) -> StorageError:
     name, code = type(error).__name__, _code(error)
     if code in _REMEDIES:
         return StorageError(f"{uri}: {_REMEDIES[code]} ({code})")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return StorageError(
+            f"{uri}: the certificate of the object store cannot be verified; set AWS_CA_BUNDLE to the file of the "
+            f"authority that signed it ({error})"
+        )
     if "Invalid endpoint" in str(error):
         return StorageError(f"{uri}: {error}; AWS_ENDPOINT_URL is to be a URL such as http://host:9000")
     if name in {"NoCredentialsError", "PartialCredentialsError"}:

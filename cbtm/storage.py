@@ -55,8 +55,23 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def climbs(path: str) -> bool:
+    """Tell whether a path that is to lie below a folder leaves it."""
+    return path.startswith("/") or ".." in path.split("/")
+
+
 def join(uri: str, *parts: str) -> str:
-    """Append path parts to a URI or a local path."""
+    """Append path parts to a URI or a local path.
+
+    All that is written or removed has its place from here, so that a name out of a plan, a manifest, a parameter or a
+    bucket cannot lead outside of a run's root.
+
+    Raises:
+        StorageError: If a part climbs out of `uri`.
+    """
+    for part in parts:
+        if ".." in part.split("/"):
+            raise StorageError(f"{part!r} leads out of {uri}; a path below it has no '..'")
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts if part)])
 
 
@@ -116,10 +131,17 @@ def list_files(uri: str) -> list[StoredFile]:
     """List every file below a folder, sorted by path; an absent folder is empty.
 
     Raises:
-        StorageError: If the bucket is not there, or it or a folder may not be read.
+        StorageError: If the bucket is not there, or it or a folder may not be read, or an object's name is no path
+            below the folder.
     """
     if is_s3(uri):
-        return sorted(StoredFile(*found) for found in s3.listing(uri))
+        found = sorted(StoredFile(*one) for one in s3.listing(uri))
+        for file in found:
+            if climbs(file.path):
+                raise StorageError(
+                    f"{uri} holds an object {file.path!r}, which no folder can hold; rename or remove it"
+                )
+        return found
     return sorted(_guard(uri, lambda: list(_list_local(local_path(uri)))))
 
 
@@ -150,6 +172,8 @@ def download(uri: str, local: Path, paths: Sequence[str]) -> None:
     """Copy the files `paths` below `uri` to below the folder `local`, several at once."""
 
     def one(path: str) -> None:
+        if climbs(path):  # the names of objects are whatever somebody has put into the bucket
+            raise StorageError(f"{uri} holds {path!r}, which would be written outside of {local}")
         if is_s3(uri):
             with _written_whole(local / path) as unfinished:
                 s3.download_file(join(uri, path), unfinished)

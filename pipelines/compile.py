@@ -2,36 +2,56 @@
 
 python -m pipelines.compile            write
 python -m pipelines.compile --check    exit 1 if a committed file differs
+
+With options the result is for a cluster and goes elsewhere (`--target`); `cbtm compile` makes the same of the
+committed file, where there is no checkout.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from kfp import compiler
 
-from pipelines.cbtm import cbtm
+from pipelines.cbtm import build
+from pipelines.pods import Options
 
 TARGET = Path(__file__).resolve().parent.parent / "cbtm" / "compiled"
-PIPELINES = {"cbtm.yaml": cbtm}
+PIPELINES = {"cbtm.yaml": build}
 
 
 def main() -> None:
     """Compile, or compare."""
+    given = _arguments()
+    options = Options(given.parallelism, given.shm_size, given.queue)
+    for name, pipeline in PIPELINES.items():
+        compiled = compile_pipeline(pipeline(options))
+        if not given.check:
+            given.target.mkdir(exist_ok=True)
+            (given.target / name).write_bytes(compiled)
+        elif not (given.target / name).is_file() or (given.target / name).read_bytes() != compiled:
+            sys.exit(f"cbtm/compiled/{name} is not what pipelines/ compiles to: run make compile and commit it")
+
+
+def compile_pipeline(pipeline: Any) -> bytes:
+    """The compiled file of a pipeline."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        compiler.Compiler().compile(pipeline, str(path))
+        return path.read_bytes()
+
+
+def _arguments() -> argparse.Namespace:
+    default = Options()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    for name, pipeline in PIPELINES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name)
-            compiler.Compiler().compile(pipeline, str(path))
-            compiled = path.read_bytes()
-        if not check:
-            TARGET.mkdir(exist_ok=True)
-            (TARGET / name).write_bytes(compiled)
-        elif not (TARGET / name).is_file() or (TARGET / name).read_bytes() != compiled:
-            sys.exit(f"cbtm/compiled/{name} is not what pipelines/ compiles to: run make compile and commit it")
+    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--parallelism", type=int, default=default.parallelism)
+    parser.add_argument("--shm-size", default=default.shm_size)
+    parser.add_argument("--queue", default=default.queue)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_refusal_names_what_and_why(api, kubernetes):
         api.create(job())
     assert str(refused.value) == (
         'cannot create a TrainJob in namespace team: trainjobs is forbidden: User "system:serviceaccount:team:runner" '
-        "cannot; the service account needs the role in docs/usage.md"
+        "cannot; give the service account the rights in deploy/trainjobs"
     )
 
 

@@ -116,6 +116,40 @@ def test_files_come_back_from_an_upload_as_they_went(root: str, tmp_path: Path):
     assert files_of(str(tmp_path / "back")) == files_of(root)
 
 
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", ".."])
+@pytest.mark.parametrize("act", ["write", "upload", "delete", "download"])
+def test_a_path_that_climbs_out_of_its_folder_is_refused(root: str, tmp_path: Path, act: str, path: str):
+    outside = storage.join(root.rpartition("/")[0], "outside")
+    storage.write_bytes(outside, b"as it was")
+    write_files(tmp_path / "here", {"a/file": b"x"})
+    actions: dict[str, Callable[[], object]] = {
+        "write": lambda: storage.write_bytes(storage.join(root, path), b"x"),
+        "upload": lambda: storage.upload(tmp_path / "here", root, [path]),
+        "delete": lambda: storage.delete(root, [path]),
+        "download": lambda: storage.download(root, tmp_path / "there", [path]),
+    }
+    with pytest.raises(StorageError, match=re.escape(repr(path))):
+        actions[act]()
+    assert storage.read_bytes(outside) == b"as it was"
+
+
+@pytest.mark.parametrize("key", ["../../stolen", "/etc/cbtm-stolen"])
+def test_an_object_whose_name_climbs_is_neither_listed_nor_written_to_this_machine(bucket, s3_server, tmp_path, key):
+    s3_server[1].put_object(Bucket=bucket.removeprefix("s3://"), Key=f"corpus/{key}", Body=b"x")
+    with pytest.raises(StorageError, match="which no folder can hold; rename or remove it"):
+        storage.list_files(f"{bucket}/corpus")
+    with pytest.raises(StorageError, match=r"leads out of|would be written outside of"):
+        storage.download(f"{bucket}/corpus", tmp_path / "a/b", [key])
+    assert not (tmp_path / "stolen").exists()
+    assert not Path("/etc/cbtm-stolen").exists()
+
+
+def test_a_credential_in_an_s3_uri_is_refused_and_not_repeated(s3_settings):
+    with pytest.raises(StorageError, match="was given with a credential before its bucket") as refused:
+        storage.check_writable("s3://key:hush@bucket/run")
+    assert "hush" not in str(refused.value)
+
+
 def test_an_upload_or_download_of_nothing_does_nothing(root: str, tmp_path: Path):
     storage.upload(tmp_path, root, [])
     storage.download(root, tmp_path / "back", [])

@@ -115,7 +115,7 @@ def greedy_soup(
         average_models([folders[one] for one in candidate], [1.0] * len(candidate), scratch)
         loss = evaluate(scratch)
         shutil.rmtree(scratch)
-        kept = not chosen or loss <= best
+        kept = loss <= best  # as the first always is
         if kept:
             chosen, best = candidate, loss
         tried.append({"cluster": cluster, "negative_log_prob": loss if math.isfinite(loss) else None, "kept": kept})

@@ -42,12 +42,13 @@ def read_expert(root: str) -> dict[str, Any]:
     return found
 
 
-def check_experts(roots: Mapping[int, str], *, clusterer_digest: str) -> None:
+def check_experts(roots: Mapping[int, str], *, clusterer_digest: str, kind: str = "expert") -> None:
     """Refuse experts that are not what the router's weights are for.
 
     Args:
         roots: Folder or s3:// prefix of the expert that is to take each cluster's weight.
         clusterer_digest: Identity of the router's clusterer.
+        kind: What they are to be: experts of the clusters that were found, or of "random" ones.
 
     Raises:
         ManifestError: If an expert is not there, was trained on clusters of another clusterer or for another cluster
@@ -61,6 +62,10 @@ def check_experts(roots: Mapping[int, str], *, clusterer_digest: str) -> None:
             raise ManifestError(
                 f"{root} was trained under clusterer {_short(found.get('clusterer_digest'))}, the router has "
                 f"{_short(clusterer_digest)}: weights would go to the wrong experts; train it again"
+            )
+        if found.get("kind") != kind:
+            raise ManifestError(
+                f"{root} is of kind {found.get('kind')}, not {kind}: its folder holds another model's files"
             )
         if found.get("cluster") != cluster:
             raise ManifestError(

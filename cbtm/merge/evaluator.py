@@ -24,7 +24,7 @@ from cbtm.merge.config import EvaluateConfig
 from cbtm.merge.grid import DocumentSums, Setting, mix_grid
 from cbtm.merge.intervals import Resamples
 from cbtm.merge.router import mean_routing_weights
-from cbtm.merge.validation_set import Scores, ValidationSet, selection_documents
+from cbtm.merge.validation_set import Scores, ValidationSet
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -123,7 +123,7 @@ class _Measured:
         self.clusters = validation.clusters
         self._scored = np.diff(self.offsets)
         self._bytes = validation.n_bytes
-        choosing = selection_documents(len(self.tokens))
+        choosing = validation.selection
         self.halves: dict[str, Mask] = {"selection": choosing, "report": ~choosing}
         self.threads = config.threads or os.cpu_count() or 1
 

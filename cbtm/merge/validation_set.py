@@ -25,6 +25,8 @@ class ValidationSet:
         first: Which token of its document a row begins with: 0 is the separator, 1 the first of the text.
         sp_ids: Identity of each document in the corpus.
         labels: Known domain of each document, where it has one; None where there are no labels.
+        choosing: Documents that settings are chosen on, shape (n_documents,); the others are reported on. None is every
+            second one, from the first.
     """
 
     texts: Sequence[str]
@@ -35,6 +37,12 @@ class ValidationSet:
     first: int = 0
     sp_ids: Sequence[str] | None = None
     labels: Sequence[str | None] | None = None
+    choosing: NDArray[np.bool_] | None = None
+
+    @property
+    def selection(self) -> NDArray[np.bool_]:
+        """Documents that settings are chosen on; shape (n_documents,)."""
+        return selection_documents(len(self.tokens)) if self.choosing is None else self.choosing
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -52,13 +60,14 @@ class ValidationSet:
         """Refuse what nothing can be measured on.
 
         Raises:
-            DataError: If there are fewer than four documents, two for each half; one of them has no token, or none
-                that counts; or tokens and their marks do not fit.
+            DataError: If there are fewer than two documents in either half; one of them has no token, or none that
+                counts; or tokens and their marks do not fit.
         """
-        if len(self.tokens) < 4:
+        halves = np.bincount(self.selection, minlength=2)  # reported, choosing
+        if halves.min() < 2:
             raise DataError(
-                f"the validation split has {len(self.tokens)} documents; at least 4 are needed, half of them to "
-                "choose the temperature and half to report on"
+                f"the validation split has {len(self.tokens)} documents that can be scored, {halves[1]} of them to "
+                f"choose the temperature and {halves[0]} to report on; at least 2 of each are needed"
             )
         lengths = np.diff(self.offsets)
         if (empty := np.flatnonzero(lengths == 0)).size:
@@ -111,16 +120,23 @@ def token_offsets(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def evenly_spaced(n_documents: int, at_most: int | None) -> NDArray[np.int64]:
-    """Places of the documents that are scored: all, or exactly `at_most`, with the same mixture of domains."""
+    """Places of the documents that are scored: all, or exactly `at_most`, with the same mixture of domains.
+
+    Half of them, and of an odd number one more, are among those that `selection_documents` marks: a document is in the
+    same half however many are scored, so that what a training was validated on is never reported on.
+    """
     count = n_documents if at_most is None else min(at_most, n_documents)
-    return np.arange(count, dtype=np.int64) * n_documents // max(count, 1)
+    chosen = selection_documents(n_documents)
+    halves = ((np.flatnonzero(chosen), (count + 1) // 2), (np.flatnonzero(~chosen), count // 2))
+    places = [half[np.arange(share) * len(half) // max(share, 1)] for half, share in halves]
+    return np.sort(np.concatenate(places)).astype(np.int64)
 
 
 def selection_documents(n_documents: int) -> NDArray[np.bool_]:
     """Mark the validation documents that settings are chosen on; the others are reported on.
 
     Args:
-        n_documents: Documents of the validation split, in the order of the token shards: sorted by cluster, so that
+        n_documents: All documents of the validation split, in the order of the token shards: sorted by cluster, so that
             every second one is a half with the same mixture of domains.
 
     Returns:

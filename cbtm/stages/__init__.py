@@ -2,7 +2,7 @@
 
 The command line, the Kubeflow components and the tests all call these. A stage whose output is there, under the
 same configuration and from the same inputs, returns at once. Modules are imported when their stage runs, so that
-clustering needs no torch.
+clustering needs no torch, and that a task with nothing to do does not spend its time on importing it.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,23 @@ from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec, run_stage
 from cbtm.plan import Plan
 from cbtm.run import Run
+from cbtm.run_config import PlaceOverrides, RunConfig
+from cbtm.stages.tracked import finish_parent
 from cbtm.train.member import Member
+
+
+def check_cluster(text: str, place: PlaceOverrides, *, compiled_by: str) -> RunConfig:
+    """Check configuration, image, bucket and tracking server; returns the configuration of this place."""
+    from cbtm.stages import readiness
+
+    return readiness.check_cluster(text, place, compiled_by=compiled_by)
+
+
+def check_gpus(text: str, gpu_count: str, *, compiled_by: str) -> None:
+    """Check a pod that was to have `gpu_count` GPUs."""
+    from cbtm.stages import readiness
+
+    readiness.check_gpus(text, gpu_count, compiled_by=compiled_by)
 
 
 def plan(run: Run) -> Plan:
@@ -47,6 +63,8 @@ def assign(run: Run, group: str) -> Manifest:
 
 def train(run: Run, member: Member) -> Manifest:
     """Train one member; the seed is trained from scratch or taken over, an average is made of the experts."""
+    if (made := _made_before(run.train_spec(member), run.uri("checkpoints", member.name))) is not None:
+        return made
     from cbtm.stages import experts
 
     return experts.train(run, member)
@@ -57,6 +75,9 @@ def score(run: Run, member: Member) -> Manifest:
 
     Returns the manifest of the scores of the validation tokens.
     """
+    made = _made_before(run.score_spec(member), run.uri("checkpoints", f"scores-{member.name}"))
+    if made is not None and not run.config.tasks:
+        return made
     from cbtm.stages import experts, few_shot
 
     made = experts.score(run, member)
@@ -76,9 +97,18 @@ def average(run: Run) -> list[Manifest]:
 
 def evaluate(run: Run) -> Manifest:
     """Compare all ensembles; write result.json and report.html; close the run in the tracker."""
+    if (made := manifests.made_before(run.evaluate_spec())) is not None:
+        finish_parent(run)
+        return made
     from cbtm.stages import result
 
     return result.evaluate(run)
+
+
+def _made_before(spec: StageSpec, checkpoints: str) -> Manifest | None:
+    """Manifest of an output that is there, unless checkpoints are left that its stage has still to remove."""
+    made = manifests.made_before(spec)
+    return made if made is not None and not storage.list_files(checkpoints) else None
 
 
 @dataclass(frozen=True)

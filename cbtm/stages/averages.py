@@ -10,7 +10,7 @@ from cbtm.branch.seed import load_model
 from cbtm.merge.average import average_models, greedy_soup
 from cbtm.merge.router import mean_routing_weights
 from cbtm.merge.scorer import LOG_PROBS_FILE, score_documents
-from cbtm.merge.validation_set import selection_documents, token_offsets
+from cbtm.merge.validation_set import token_offsets
 from cbtm.progress import progress
 from cbtm.run import Run
 from cbtm.stages.held_out import HeldOut, distances, held_out, open_router_parts, validation_set
@@ -48,7 +48,9 @@ def _prior(run: Run, scratch: Path) -> list[float]:
     near = distances(run, clusterer, tokenizer, validation, scratch)
     if len(run.config.trained_clusters) < clusterer.n_clusters:
         near = near[:, run.config.trained_clusters]
-    chosen = np.repeat(selection_documents(len(validation.tokens)), np.diff(validation.offsets))
+    chosen = np.repeat(validation.selection, np.diff(validation.offsets))
+    if validation.counted is not None:
+        chosen &= np.concatenate(validation.counted)
     weights = mean_routing_weights(near, chosen, temperature=config.temperature, distance_power=config.distance_power)
     return [float(weight) for weight in weights]
 
@@ -63,7 +65,7 @@ def _greedy(run: Run, folders: dict[int, Path], work: Path) -> dict[str, Any]:
 
     def evaluate(folder: Path) -> float:
         output = scratch / f"soup-scores-{next(numbers)}"
-        output.mkdir()
+        output.mkdir(exist_ok=True)  # an earlier try may have left it
         score_documents(
             load_model(folder),
             held.rows,
@@ -88,18 +90,19 @@ def _alone(run: Run, cluster: int, held: HeldOut, scratch: Path) -> float:
     """Mean negative log-probability of one expert by itself, on the documents that nothing is reported on."""
     folder = run.fetch(run.score_spec(Member("expert", cluster)), scratch / f"scores-{cluster}")
     values: np.ndarray[Any, np.dtype[np.float32]] = np.load(folder / LOG_PROBS_FILE)
-    chosen = np.repeat(selection_documents(len(held.rows)), np.diff(token_offsets(held.rows)))
+    chosen = np.repeat(held.choosing, np.diff(token_offsets(held.rows)))
     if held.counted is not None:
         chosen &= np.concatenate(held.counted)
     return -float(values[chosen].mean(dtype=np.float64))
 
 
 def _selection(held: HeldOut) -> HeldOut:
-    chosen = np.flatnonzero(selection_documents(len(held.rows)))
+    chosen = np.flatnonzero(held.choosing)
     return HeldOut(
         rows=[held.rows[place] for place in chosen],
         clusters=held.clusters[chosen],
         records=[held.records[place] for place in chosen],
         counted=None if held.counted is None else [held.counted[place] for place in chosen],
         first=held.first,
+        choosing=held.choosing[chosen],
     )

@@ -73,7 +73,7 @@ def _train(run: Run, member: Member, work: Path) -> dict[str, Any] | Placed:
 def _tracked(run: Run, member: Member) -> Iterator[Tracker]:
     """A member's run in the tracker, with what is known before it is trained."""
     assert member.kind != "average"
-    with child(run, member.name, member.kind, cluster=member.cluster) as tracker:
+    with child(run, member.name, member.kind, cluster=member.cluster, own_task=True) as tracker:
         corpus = run.config.corpus.root
         tracker.log_dataset(corpus, corpus, run.plan_made.digest("train")[:32], "training")
         tracker.log_params({"member": member.name, "member_sequences_per_step": run.share(member)})

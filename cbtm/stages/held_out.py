@@ -20,7 +20,13 @@ from cbtm.corpus import Document
 from cbtm.errors import DataError, ManifestError
 from cbtm.merge.router import PrefixRouter
 from cbtm.merge.scorer import scored_rows
-from cbtm.merge.validation_set import ValidationSet, context_distances, evenly_spaced, token_starts
+from cbtm.merge.validation_set import (
+    ValidationSet,
+    context_distances,
+    evenly_spaced,
+    selection_documents,
+    token_starts,
+)
 from cbtm.progress import progress
 from cbtm.run import Run
 from cbtm.tokens import DocumentRecord
@@ -40,6 +46,7 @@ class HeldOut:
         records: Identity and size of each.
         counted: Which scored tokens of each count; None counts all.
         first: Which token of its document a row begins with: 0 is the separator, 1 the first of the text.
+        choosing: Which documents settings are chosen on, shape (n_documents,); the others are reported on.
     """
 
     rows: list[NDArray[np.int64]]
@@ -47,6 +54,7 @@ class HeldOut:
     records: list[DocumentRecord]
     counted: list[NDArray[np.bool_]] | None
     first: int
+    choosing: NDArray[np.bool_]
 
 
 def held_out(run: Run, scratch: Path) -> HeldOut:
@@ -82,6 +90,7 @@ def held_out(run: Run, scratch: Path) -> HeldOut:
         records=_take(documents.records(), places),
         counted=[counted[place] for place in kept] if documents.has_prompts else None,
         first=first,
+        choosing=selection_documents(documents.n_documents)[places],
     )
 
 
@@ -115,6 +124,7 @@ def validation_set(run: Run, held: HeldOut, tokenizer: TextTokenizer) -> Validat
         first=held.first,
         sp_ids=[record.sp_id for record in held.records],
         labels=labels,
+        choosing=held.choosing,
     )
 
 

@@ -24,7 +24,7 @@ from cbtm.merge.report import render_report
 from cbtm.merge.routed_text import routed_pieces, spread
 from cbtm.merge.router import routing_weights
 from cbtm.merge.scorer import LOG_PROBS_FILE, OFFSETS_FILE
-from cbtm.merge.validation_set import Scores, ValidationSet, selection_documents, token_starts
+from cbtm.merge.validation_set import Scores, ValidationSet, token_starts
 from cbtm.plan import Part
 from cbtm.progress import progress
 from cbtm.run import REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
@@ -52,7 +52,7 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     validation = validation_set(run, held, tokenizer)
     scores = _scores(run, validation.offsets, scratch)
     near = distances(run, clusterer, tokenizer, validation, scratch)
-    with progress("evaluate", "settings") as shown:
+    with progress("evaluate", "tokens") as shown:
         measured = evaluate_scores(
             run.config.evaluate, validation, scores, near, body_share=_body_share(run), progress=shown.update
         )
@@ -81,7 +81,7 @@ def _routed_documents(
     mixed = measured["experts_evaluated"]
     offsets = validation.offsets
     shown = []
-    for place in spread(validation.clusters, ~selection_documents(len(validation.tokens))):
+    for place in spread(validation.clusters, ~validation.selection):
         starts = token_starts(tokenizer, validation.texts[place], validation.tokens[place], validation.first, place)
         weights = routing_weights(
             near[offsets[place] : offsets[place + 1]][:, mixed],
@@ -121,6 +121,7 @@ def _check_bindings(run: Run) -> None:
         check_experts(
             {cluster: run.train_spec(member).root for cluster, member in members.items()},
             clusterer_digest=run.clusterer_digest,
+            kind=kind,
         )
 
 

@@ -46,7 +46,7 @@ def _track_ensemble(run: Run, result: Mapping[str, Any], artifacts: Sequence[Pat
     """The ensemble that the result is about, with what top-k and temperature do to it, and the files."""
     corpus, step = run.config.corpus, run.config.train.steps
     best = next(row for row in result["ensemble"] if row["selected"])
-    with child(run, "ensemble", "ensemble") as tracker:
+    with child(run, "ensemble", "ensemble", own_task=True) as tracker:
         digest = run.plan_made.digest("validation")[:32]
         tracker.log_dataset(corpus.root, storage.join(corpus.root, corpus.validation_split), digest, "validation")
         clustering = [row for row in result["ensemble"] if row["ensemble"] == "clustering"]

@@ -1,5 +1,6 @@
 """The runs of a pipeline run in the tracker: one parent, one child per trained member, one for the evaluation."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ def open_parent(run: Run) -> None:
         name=config.name,
         run_key=run.key,
         journal=_journal(run, "parent"),
-        tags={"cbtm.root": config.root},
+        tags={"cbtm.root": config.root, **_pod()},
         params=settings(run),
+        take_injected=True,
     )
 
 
@@ -42,12 +44,22 @@ def finish_parent(run: Run, status: RunStatus = "FINISHED") -> None:
 
 def replay_all(run: Run) -> ReplayReport:
     """Send what an outage of the tracking server kept back, for every run of this pipeline run."""
-    return replay(_journal(run, "parent").parent, run.config.tracking)
+    return replay(_journals(run), run.config.tracking)
 
 
 @contextmanager
-def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> Iterator[Tracker]:
-    """Tracker of one child run; it ends with the block, as failed if the block fails."""
+def child(
+    run: Run, name: str, kind: RunKind, *, cluster: int | None = None, own_task: bool = False
+) -> Iterator[Tracker]:
+    """Tracker of one child run; it ends with the block, as failed if the block fails.
+
+    Args:
+        run: The run.
+        name: Name of the child.
+        kind: What it is about.
+        cluster: Its cluster.
+        own_task: Whether this is what the task's pod is for; a run that the pod was given is then this one.
+    """
     tracker = open_run(
         run.config.tracking,
         name=f"{run.config.name}/{name}",
@@ -56,6 +68,8 @@ def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> 
         parent_run_key=run.key,
         journal=_journal(run, name),
         cluster=cluster,
+        tags=_pod(),
+        take_injected=own_task,
     )
     try:
         tracker.log_params(settings(run))
@@ -67,6 +81,12 @@ def child(run: Run, name: str, kind: RunKind, *, cluster: int | None = None) -> 
         tracker.close("FAILED")
         raise
     tracker.close()
+
+
+def _pod() -> dict[str, str]:
+    """The pod of Kubeflow Pipelines that this is, for whoever looks for its log."""
+    name = os.environ.get("KFP_POD_NAME")
+    return {"cbtm.pod": name} if name else {}
 
 
 def settings(run: Run) -> dict[str, object]:
@@ -85,7 +105,13 @@ def settings(run: Run) -> dict[str, object]:
     }
 
 
-def _journal(run: Run, name: str) -> Path:
+def _journals(run: Run) -> Path:
+    """Folder of the journals of a root; those of a root in S3 lie on this machine's disk, a folder for each run."""
     if not storage.is_s3(run.config.root):
-        return storage.local_path(run.config.root) / "tracking" / f"{name}.jsonl"
-    return Path(tempfile.gettempdir()) / "cbtm-tracking" / run.key / f"{name}.jsonl"
+        return storage.local_path(run.config.root) / "tracking"
+    return Path(tempfile.gettempdir()) / "cbtm-tracking" / run.key
+
+
+def _journal(run: Run, name: str) -> Path:
+    # A root may hold runs of several settings one after the other; lines of one are not sent to another.
+    return _journals(run) / run.key[:16] / f"{name}.jsonl"

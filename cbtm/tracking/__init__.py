@@ -7,7 +7,9 @@ delays a training, and `replay` sends afterwards what is missing, exactly once.
 A pipeline run is one parent run with a child per expert, for the seed, the dense model and the evaluation. Every
 run has a key that its caller derives from the configuration (`run_key`): whoever opens a run of that key again goes
 on in it. The parent is found by its key as well (`parent_run_key`), because a stage that runs while the server is
-away has no parent id to give; parent and child find each other in whichever order they reach the server.
+away has no parent id to give; parent and child find each other in whichever order they reach the server. In a pod that
+Kubeflow's MLflow plugin has made a run for, that run is the one (`take_injected`), and the parent the run above it; a
+parent may itself be opened below a given run (`TrackingConfig.parent_run_id`).
 """
 
 import json
@@ -18,8 +20,9 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from cbtm.errors import ConfigError, DataError
-from cbtm.tracking.config import TrackingConfig, redact
+from cbtm.tracking.config import TrackingConfig, redact, sqlite_file
 from cbtm.tracking.delivery import Delivery, Sender
+from cbtm.tracking.injected import injection
 from cbtm.tracking.journal import Journal, JournalBusyError, json_number
 from cbtm.tracking.mlflow_store import MlflowStore
 
@@ -34,6 +37,7 @@ __all__ = [
     "open_run",
     "replay",
     "start_parent_run",
+    "tracking_problem",
 ]
 
 RunKind = Literal["parent", "seed", "dense", "expert", "random", "average", "ensemble"]
@@ -151,6 +155,7 @@ def open_run(
     parent_run_key: str | None = None,
     cluster: int | None = None,
     tags: Mapping[str, str] | None = None,
+    take_injected: bool = False,
 ) -> Tracker:
     """Open the run with this key: a new one, or the earlier one of a stage that is retried or resumed.
 
@@ -164,6 +169,7 @@ def open_run(
         parent_run_key: Key of the parent; goes before the id, and works while no server does.
         cluster: Cluster of an expert; tag `cbtm.cluster`.
         tags: Further tags.
+        take_injected: Whether this is what the pod is for, so that the run it was given is this one.
 
     Raises:
         ConfigError: If `run_key` or `kind` is not valid, or mlflow is not installed.
@@ -175,7 +181,7 @@ def open_run(
     all_tags = dict(tags or {})
     if cluster is not None:
         all_tags["cbtm.cluster"] = str(cluster)
-    return _open(config, name, kind, run_key, journal, parent_run_id, parent_run_key, all_tags)
+    return _open(config, name, kind, run_key, journal, parent_run_id, parent_run_key, all_tags, take_injected)
 
 
 def start_parent_run(
@@ -186,8 +192,11 @@ def start_parent_run(
     journal: Path,
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, object] | None = None,
+    take_injected: bool = False,
 ) -> str | None:
     """Open the parent run of a pipeline run, or the earlier one with this key, and leave it running.
+
+    With `take_injected` it is, in a pod that has a run of its own, the run above that.
 
     Returns:
         The run id, or None if tracking is off or no server answered in time. Children that give the parent's key
@@ -195,7 +204,8 @@ def start_parent_run(
     """
     if not config.enabled:
         return None
-    tracker = _open(config, name, "parent", run_key, journal, None, None, dict(tags or {}))
+    parent = config.resolved_parent()
+    tracker = _open(config, name, "parent", run_key, journal, parent, None, dict(tags or {}), take_injected)
     if params:
         tracker.log_params(params)
     return tracker.release()
@@ -207,6 +217,23 @@ def finish_parent_run(
     """End the parent run. It is found by its key, for the pod that ends it is seldom the one that started it."""
     if config.enabled:
         _open(config, name, "parent", run_key, journal, None, None, {}).close(status)
+
+
+def tracking_problem(config: TrackingConfig) -> str | None:
+    """What stands in the way of tracking, or None; a server is asked for the experiment, and nothing is made.
+
+    Raises:
+        ConfigError: If mlflow is not installed.
+    """
+    if not config.enabled or sqlite_file(config.resolved_uri()) is not None:
+        return None  # a file is made when it is first used, which takes seconds
+    store = MlflowStore(config)
+    try:
+        store.ask()
+    except Exception as error:
+        # The client raises what its transport raises; here it is one text.
+        return f"{store.printable_uri} cannot be used: {redact(str(error))}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -233,7 +260,7 @@ class ReplayReport:
 
 
 def replay(journal: Path, config: TrackingConfig) -> ReplayReport:
-    """Send what an outage kept back, from one journal or from all `*.jsonl` of a folder.
+    """Send what an outage kept back, from one journal or from all `*.jsonl` of a folder and of those in it.
 
     A journal of a run still going on is left to it and reported. No time is spent on a second attempt: a server that
     does not answer is a problem in the report, and the same call goes on from there.
@@ -242,7 +269,7 @@ def replay(journal: Path, config: TrackingConfig) -> ReplayReport:
         ConfigError: If mlflow is not installed.
         DataError: If there is no journal at this path, or it is another kind of file.
     """
-    paths = sorted(journal.glob("*.jsonl")) if journal.is_dir() else [journal]
+    paths = sorted(journal.rglob("*.jsonl")) if journal.is_dir() else [journal]
     if not all(path.is_file() for path in paths) or not paths:
         raise DataError(f"no tracking journal at {journal}; give a .jsonl file that a run wrote, or its folder")
     store = MlflowStore(config)
@@ -300,6 +327,7 @@ def _open(
     parent_run_id: str | None,
     parent_run_key: str | None,
     tags: Mapping[str, str],
+    take_injected: bool = False,
 ) -> _RunTracker:
     if kind not in get_args(RunKind):
         raise ConfigError(f"run kind {kind!r} is not known; use one of {', '.join(get_args(RunKind))}")
@@ -309,6 +337,7 @@ def _open(
                 f"run key {key!r} does not match {_KEY_PATTERN.pattern}; use a digest, or a digest and a name"
             )
     store = MlflowStore(config)
+    given = injection(config.uri) if take_injected else None
     journal = Journal.open(journal_path)
     journal.append(
         "open",
@@ -317,6 +346,7 @@ def _open(
         run_key=run_key,
         parent_run_id=parent_run_id,
         parent_run_key=parent_run_key,
+        injected_run_id=given.run_id if given is not None and given.take(run_key) else None,
         uri=store.printable_uri,
         tags={key: redact(value) for key, value in tags.items()},
     )

@@ -17,6 +17,13 @@ from cbtm.errors import ConfigError
 DEFAULT_DATABASE = Path("runs") / "mlflow.db"
 DEFAULT_EXPERIMENT = "cbtm"
 
+_CREDENTIALS = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_AUTH",
+)
+
 _USER_INFO = re.compile(r"(?<=://)[^\s/?#]*@")
 _SECRET_IN_QUERY = re.compile(
     r"([?&][^=&\s]*(?:signature|token|password|secret|credential)[^=&\s]*=)[^&\s#]*", re.IGNORECASE
@@ -35,6 +42,8 @@ class TrackingConfig(BaseModel):
         uri: MLflow tracking URI (`http://…`, `sqlite:///…`), without credentials. None: MLFLOW_TRACKING_URI, or
             else the sqlite file `runs/mlflow.db` below the working directory.
         experiment: Name of the MLflow experiment. None: MLFLOW_EXPERIMENT_NAME, or else `cbtm`.
+        parent_run_id: MLflow run below which a pipeline run's own is opened, such as that of a sweep. None:
+            CBTM_TRACKING_PARENT_RUN_ID, or else none. What Kubeflow's MLflow plugin gives a pod goes before.
         enabled: False: nothing is tracked, and no journal is written.
         request_timeout_s: Longest wait for one answer of the server, in seconds. MLFLOW_HTTP_REQUEST_TIMEOUT,
             where the user set it, goes before.
@@ -48,6 +57,7 @@ class TrackingConfig(BaseModel):
 
     uri: str | None = None
     experiment: str | None = Field(default=None, min_length=1)
+    parent_run_id: str | None = Field(default=None, min_length=1)
     enabled: bool = True
     request_timeout_s: int = Field(default=10, ge=1)
     close_timeout_s: float = Field(default=10.0, gt=0)
@@ -73,6 +83,28 @@ class TrackingConfig(BaseModel):
         # The working directory may differ when the run is resumed or read, so the relative path ends here.
         scheme, rest = uri.split(":///", 1)
         return f"{scheme}:///{Path(database).absolute()}{rest[len(database) :]}"
+
+    def resolved_parent(self) -> str | None:
+        """Id of the run that the pipeline run's own is opened below: setting, environment, or none."""
+        return self.parent_run_id or os.environ.get("CBTM_TRACKING_PARENT_RUN_ID") or None
+
+    def check_credentials(self) -> None:
+        """Refuse to send the credentials of one server to another.
+
+        MLFLOW_TRACKING_URI and the credentials beside it come from one hand (Kubeflow's MLflow plugin, or whoever set
+        up this environment), `uri` from the configuration's author.
+
+        Raises:
+            ConfigError: If `uri` names another server than the environment that has credentials.
+        """
+        theirs = os.environ.get("MLFLOW_TRACKING_URI")
+        credentials = [name for name in _CREDENTIALS if os.environ.get(name)]
+        if self.uri is None or theirs is None or not credentials or self.uri.rstrip("/") == theirs.rstrip("/"):
+            return
+        raise ConfigError(
+            f"tracking.uri={self.uri}, but MLFLOW_TRACKING_URI={redact(theirs)} and {', '.join(credentials)} are for "
+            "another server, which that one is not to get; leave tracking.uri out, or take them out of the environment"
+        )
 
     def resolved_experiment(self) -> str:
         """The name of the experiment: setting, environment, or `cbtm`."""

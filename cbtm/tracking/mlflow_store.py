@@ -1,9 +1,10 @@
 """MLflow as the place runs are sent to: the one module that imports mlflow.
 
-Only MlflowClient with explicit run ids is used: no active run, no global state, and MLFLOW_RUN_ID, which a KFP
-plugin may inject, is left alone. A run is found again by its tag `cbtm.run_key`, so whoever comes back (a retried
-pod, a resumed stage, a replay) goes on in it. Everything sent here may be sent twice and counts once: points carry
-their first timestamp, parameters are compared first, tags and files overwrite, inputs are matched by digest.
+Only MlflowClient with explicit run ids is used: no active run and no global state; a run that a KFP plugin has made for
+this pod (`cbtm.tracking.injected`) is taken over where it is asked for. A run is found again by its tag `cbtm.run_key`,
+so whoever comes back (a retried pod, a resumed stage, a replay) goes on in it. Everything sent here may be sent twice
+and counts once: points carry their first timestamp, parameters are compared first, tags and files overwrite, inputs are
+matched by digest.
 
 A sqlite file is shared by processes of one machine: looking for and making the database, the experiment and a run
 happen under a lock beside the file, because MLflow's migrations do not bear two processes at once.
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cbtm
-from cbtm.errors import ConfigError
 from cbtm.tracking.config import TrackingConfig, redact, sqlite_file
+from cbtm.tracking.environment import import_mlflow, prepare_environment
+from cbtm.tracking.injected import INJECTED_TAG, SUPERSEDED_TAG, injection
 from cbtm.tracking.journal import Record
 
 if TYPE_CHECKING:
@@ -44,8 +46,6 @@ _DIGEST_LENGTH = 36
 # Two requests of the same moment are served well within this on any server that answers at all.
 _SETTLE_SECONDS = 1.0
 
-_environment_set_here: dict[str, str] = {}
-
 
 class RunGoneError(Exception):
     """The run that was open is not, or no longer, on the server."""
@@ -63,15 +63,18 @@ class MlflowStore:
     """One experiment of one MLflow store.
 
     Raises:
-        ConfigError: If mlflow, or what it needs for a sqlite file, is not installed.
+        ConfigError: If mlflow, or what it needs for a sqlite file, is not installed, or credentials in the environment
+            are for another server.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
         self._uri = config.resolved_uri()
         self._experiment_name = config.resolved_experiment()
         self._database = sqlite_file(self._uri)
-        _prepare_environment(config)
-        _import_mlflow(needs_database=self._uri.startswith("sqlite"))
+        self._injection = injection(config.uri)
+        config.check_credentials()
+        prepare_environment(config)
+        import_mlflow(needs_database=self._uri.startswith("sqlite"))
         self._experiment_id: str | None = None
         self._open_client: Any = None
 
@@ -88,7 +91,7 @@ class MlflowStore:
     def find_or_create(self, opened: Record) -> FoundRun:
         """Find the run with the key of `opened`, or create it, below its parent if that is known already."""
         with self._database_lock():
-            run = self._find(opened.fields["run_key"])
+            run = self._injected(opened.fields) or self._find(opened.fields["run_key"])
             created = run is None
             if run is None:
                 run = self._create(opened)
@@ -96,9 +99,20 @@ class MlflowStore:
             self._adopt(opened.fields["run_key"], run.info.run_id)
         return FoundRun(run.info.run_id, created)
 
-    def children(self, run_key: str) -> tuple[str, list[str]]:
-        """The experiment's id, and the ids of the runs below the parent with this key, oldest first."""
-        return self._experiment(), [run.info.run_id for run in self._search(PARENT_KEY_TAG, run_key)]
+    def ask(self) -> None:
+        """Ask for the experiment, whether it is there or not; raises what the client raises."""
+        self._client().get_experiment_by_name(self._experiment_name)
+
+    def children(self, run_key: str, *, measured: str) -> tuple[str, list[str]]:
+        """The experiment's id, and the ids of the runs below the parent with this key, oldest first.
+
+        Args:
+            run_key: Key of the parent.
+            measured: Metric that the runs are to have; where none has it yet, all are taken.
+        """
+        runs = self._search(PARENT_KEY_TAG, run_key)
+        having = [run for run in runs if measured in run.data.metrics]
+        return self._experiment(), [run.info.run_id for run in having or runs]
 
     def is_deleted(self, run_id: str) -> bool:
         """Whether the store has the run as deleted; False for a run it never had."""
@@ -177,10 +191,48 @@ class MlflowStore:
                 with contextlib.suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_UN)
 
+    def _injected(self, fields: Mapping[str, Any]) -> "Run | None":
+        """The run that the pod was given for this work; for a parent, the run above, which is the pipeline run's.
+
+        The key of an earlier run of the same work passes to it: whoever looks for the work finds the latest.
+        """
+        run_id = fields.get("injected_run_id")
+        run = self._run(run_id) if run_id else None
+        if run is not None and fields["kind"] == "parent":
+            run = self._run(run.data.tags.get(_PARENT_TAG)) or run
+        if run is None:
+            return None
+        for other in self._search(RUN_KEY_TAG, fields["run_key"]):
+            if other.info.run_id != run.info.run_id:
+                self._client().set_tag(other.info.run_id, SUPERSEDED_TAG, run.info.run_id)
+                self._client().delete_tag(other.info.run_id, RUN_KEY_TAG)
+        self._client().set_tag(run.info.run_id, INJECTED_TAG, "true")
+        return run
+
+    def _run(self, run_id: str | None) -> "Run | None":
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return None
+        try:
+            run: Run = self._client().get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            logger.warning(
+                "run %s, which this pod was given, is not on %s; a new one is made", run_id, self.printable_uri
+            )
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
         client, name = self._client(), self._experiment_name
+        if self._experiment_id is None and self._injection is not None:
+            given = self._injection.experiment_id
+            run = None if given else self._run(self._injection.run_id)
+            self._experiment_id = given or (run.info.experiment_id if run else None)
         if self._experiment_id is None:
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -258,17 +310,21 @@ class MlflowStore:
             self._client().log_inputs(run_id, datasets=[_dataset_input(fields)])
         elif record.op == "artifact":
             self._send_artifact(run_id, folder / fields["file"], fields["artifact_path"])
-        elif record.op == "close":
+        elif record.op == "close" and not self._is_injected(run_id):
             if _PARENT_TAG not in self._client().get_run(run_id).data.tags:
                 self._send_tags(run_id, self._parent_tag(self._opened_fields(run_id)))
             self._client().set_terminated(run_id, status=fields["status"], end_time=record.time_ms)
+
+    def _is_injected(self, run_id: str) -> bool:
+        """Whether somebody else opens and ends this run."""
+        return INJECTED_TAG in self._client().get_run(run_id).data.tags
 
     def _opened_fields(self, run_id: str) -> dict[str, Any]:
         tags: dict[str, str] = self._client().get_run(run_id).data.tags
         return {"parent_run_key": tags.get(PARENT_KEY_TAG), "parent_run_id": None}
 
     def _reopen(self, run_id: str, fields: Mapping[str, Any]) -> None:
-        if self._client().get_run(run_id).info.status != "RUNNING":
+        if self._client().get_run(run_id).info.status != "RUNNING" and not self._is_injected(run_id):
             self._client().update_run(run_id, status="RUNNING")
         self._send_tags(run_id, _run_tags(fields))
 
@@ -337,34 +393,3 @@ def _param_key(key: str) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _import_mlflow(*, needs_database: bool) -> None:
-    """Import in the caller's thread: a process that forks while another thread imports may hang in the child."""
-    try:
-        import mlflow.tracking
-
-        if needs_database:
-            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-    except ImportError as error:
-        extra = "local" if needs_database else "tracking"
-        raise ConfigError(
-            f"tracking needs the package {error.name}, which is not installed; run `pip install "
-            f"'cbtm[{extra}]'`, or set tracking.enabled=false"
-        ) from error
-
-
-def _prepare_environment(config: TrackingConfig) -> None:
-    """Have MLflow fail early and keep quiet, except where the user's environment says otherwise.
-
-    MLflow reads these at each request. Its own defaults, 7 retries with 120 s each, would hold a job up for minutes;
-    here the journal is what retries. A retry inside MLflow could also create a run twice.
-    """
-    for name, value in {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(config.request_timeout_s),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }.items():
-        if os.environ.get(name) in (None, _environment_set_here.get(name)):
-            os.environ[name] = _environment_set_here[name] = value

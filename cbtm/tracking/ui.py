@@ -10,17 +10,21 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from cbtm.errors import ConfigError, DataError
+from cbtm.process import end_with_parent
 from cbtm.tracking.config import TrackingConfig
 from cbtm.tracking.mlflow_store import MlflowStore
 
+_COMPARED = "eval/bits_per_byte"
+"""What whole models and ensembles have, and an expert by itself has not: of k experts the page would be k columns."""
+
 
 def comparison_path(config: TrackingConfig, run_key: str) -> str:
-    """Path of the UI's page that compares a pipeline run's children.
+    """Path of the UI's page that compares a pipeline run's models and ensembles; all its children before there are any.
 
     Raises:
         DataError: If the tracking store has no such run.
     """
-    experiment, runs = MlflowStore(config).children(run_key)
+    experiment, runs = MlflowStore(config).children(run_key, measured=_COMPARED)
     if not runs:
         raise DataError(f"{config.resolved_uri()} has no runs of this pipeline run; run it first (cbtm run, make demo)")
     return f"/#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([experiment]))}"
@@ -48,8 +52,11 @@ def serve(config: TrackingConfig, run_key: str, *, port: int, say: Callable[[str
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     try:
-        subprocess.run(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], env=environment, check=False
+        subprocess.run(  # noqa: S603 - no shell, our own interpreter
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            env=environment,
+            check=False,
+            preexec_fn=end_with_parent,  # a server that outlives this command would hold the port
         )
     except KeyboardInterrupt:
         say("stopped")

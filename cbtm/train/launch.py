@@ -139,7 +139,7 @@ def _running(
     command = [sys.executable, "-m", MODULE, "agent", str(os.getpid()), str(folder.root), target, str(n_processes)]
     command += [] if node is None else node.arguments()
     with folder.agent_log.open("wb") as out:
-        agent = subprocess.Popen(
+        agent = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,

@@ -3,7 +3,7 @@
 One place that is written to has one TrainJob, by its name: two launches of one training come to the same one, and a
 training with other settings finds what it has to end first. Fields are those of the API of Trainer 2.3.
 
-Written as plain data and not by the Kubeflow SDK (docs/decisions/0045-trainjob.md).
+Written as plain data and not by the Kubeflow SDK (docs/decisions/0035-trainjob.md).
 """
 
 import logging
@@ -189,7 +189,7 @@ def _patch(node: NodeConfig, own: OwnPod, labels: Mapping[str, str]) -> Json:
             {
                 "name": CONTAINER,
                 # Kubernetes gives 64 MiB, and processes that train together exchange tensors there.
-                "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+                "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108 - it is no file
                 **({"securityContext": own.security_context} if own.security_context else {}),
             }
         ],

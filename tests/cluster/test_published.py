@@ -442,7 +442,7 @@ class SetsState:
 )
 def test_hostile_names_are_refused_and_not_run(original, tmp_path, monkeypatch, place, value, name):
     monkeypatch.chdir(tmp_path)
-    pipeline, kmeans = pickle.loads(pickle.dumps(original))  # noqa: S301 - a copy of our own
+    pipeline, kmeans = pickle.loads(pickle.dumps(original))
     owner, attribute = place.split(".")
     owners = {"pipeline": pipeline, "svd": pipeline["svd"], "tfidf": pipeline["tfidf"], "kmeans": kmeans}
     setattr(owners[owner], attribute, value)
@@ -480,7 +480,7 @@ def array_record(shape, raw, dtype="f8", is_fortran=False):
     ids=itertools.count(),
 )
 def test_an_array_is_never_larger_than_its_bytes(original, tmp_path, array, message):
-    pipeline, kmeans = pickle.loads(pickle.dumps(original))  # noqa: S301 - a copy of our own
+    pipeline, kmeans = pickle.loads(pickle.dumps(original))
     pipeline["svd"].components_ = array
     content = pickle.dumps(pipeline)
     tracemalloc.start()
@@ -566,7 +566,7 @@ def test_a_tensor_is_never_larger_than_its_bytes(original, tmp_path, tensor, mes
 def test_the_records_of_these_tests_are_genuine_when_they_are_not_changed(original, tmp_path):
     pipeline, kmeans = original
     components = pipeline["svd"].components_
-    copy, _ = pickle.loads(pickle.dumps(original))  # noqa: S301 - a copy of our own
+    copy, _ = pickle.loads(pickle.dumps(original))
     copy["svd"].components_ = array_record(components.shape, components.tobytes())
     files = written(tmp_path, copy, KMeans(**vars(kmeans) | {"cluster_centers": tensor_record(storage_bytes())}))
     import_clusterer(*files)

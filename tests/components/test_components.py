@@ -9,14 +9,28 @@ import pytest
 from kfp import dsl
 from small import settings, write_corpus
 
+from cbtm import __version__
 from components.assigner import assign_shards
+from components.averager import average_experts
 from components.clusterer import build_tokenizer, fit_clusterer
 from components.evaluator import evaluate_ensembles
 from components.planner import plan_run
+from components.preflight import check_cluster, check_gpus
 from components.scorer import score_expert
 from components.trainer import train_expert
 
-COMPONENTS = (plan_run, build_tokenizer, fit_clusterer, assign_shards, train_expert, score_expert, evaluate_ensembles)
+COMPONENTS = (
+    check_cluster,
+    check_gpus,
+    plan_run,
+    build_tokenizer,
+    fit_clusterer,
+    assign_shards,
+    train_expert,
+    score_expert,
+    average_experts,
+    evaluate_ensembles,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +51,11 @@ def artifact(folder: Path, kind: type[dsl.Artifact] = dsl.Artifact) -> dsl.Artif
 def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     root = tmp_path / "run"
-    config = json.dumps(settings(str(corpus), str(root), None))
+    given = json.dumps(settings(str(corpus), "runs/elsewhere", None) | {"average": {"averages": ["uniform"]}})
+
+    place = {"root": str(root), "tracking_uri": "", "price_per_hour": "", "overrides": []}
+    config = check_cluster.python_func(config=given, **place, compiled_by=__version__)
+    check_gpus.python_func(config=config, gpu_count="1", compiled_by=__version__)
 
     groups, members = plan_run.python_func(config=config)
     assert groups == ["train-00000", "train-00001", "validation-00000"]
@@ -63,12 +81,20 @@ def test_components_run_one_after_the_other_and_hand_on_manifests(tmp_path):
         score_expert.python_func(config=config, member=member, manifest=scores)
         assert scores.metadata["documents"] == 40
 
+    averages = artifact(tmp_path / "averages")
+    average_experts.python_func(config=config, manifests=averages)
+    (scored,) = json.loads(Path(averages.path).read_text())
+    assert scored["member"] == "average-uniform"
+
     made = artifact(tmp_path / "result")
-    report, metrics = artifact(tmp_path / "report", dsl.HTML), artifact(tmp_path / "metrics", dsl.Metrics)
-    evaluate_ensembles.python_func(config=config, manifest=made, report=report, metrics=metrics)
+    report, summary = artifact(tmp_path / "report", dsl.HTML), artifact(tmp_path / "summary", dsl.Markdown)
+    metrics = artifact(tmp_path / "metrics", dsl.Metrics)
+    evaluate_ensembles.python_func(config=config, manifest=made, report=report, summary=summary, metrics=metrics)
     result = json.loads((root / "result.json").read_text())
     assert metrics.metadata["dense"] == result["dense"]["perplexity"]
     assert Path(report.path).read_bytes() == (root / "report.html").read_bytes()
+    assert Path(summary.path).read_text().startswith("# small\n")
+    assert "| dense model |" in Path(summary.path).read_text()
 
 
 def test_error_that_a_user_can_mend_ends_the_task_with_its_message(tmp_path, capsys):

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from mlflow import MlflowClient
 from small import settings, write_config
 from typer.testing import CliRunner
 
@@ -144,9 +146,18 @@ def test_ui_compares_the_children_of_the_run(corpus, tmp_path):
         comparison_path(run.config.tracking, run.key)
     with child(run, "dense", "dense") as tracker:
         tracker.log_metrics({"eval/perplexity": 10.0}, 1)
+    with child(run, "cluster-00000", "expert") as tracker:
+        tracker.log_metrics({"eval/perplexity": 12.0}, 1)
     path = comparison_path(run.config.tracking, run.key)
     assert path.startswith("/#/compare-runs?runs=%5B%22")
     assert "&experiments=%5B%22" in path
+    assert len(json.loads(parse_qs(urlsplit(path[2:]).query)["runs"][0])) == 2
+    with child(run, "ensemble", "ensemble") as tracker:
+        tracker.log_metrics({"eval/perplexity": 8.0, "eval/bits_per_byte": 1.5}, 1)
+    # From then on those that were measured whole are compared.
+    compared = json.loads(parse_qs(urlsplit(comparison_path(run.config.tracking, run.key)[2:]).query)["runs"][0])
+    client = MlflowClient(tracking)
+    assert [client.get_run(one).info.run_name for one in compared] == ["small/ensemble"]
 
 
 def test_progress_view_is_quiet_off_a_terminal_and_shows_warnings(caplog):

@@ -121,7 +121,7 @@ def test_routing_is_that_of_the_evaluation_or_the_usual_one(made, tmp_path):
         (["--experts", "zero"], ConfigError, "--experts zero is no list of numbers"),
         (["--temperature", "0"], ConfigError, "temperature=0.0 is not a positive finite number"),
         (["--top-k", "0"], ConfigError, "top_k=0 is not in"),
-        (["--refresh", "never"], ConfigError, "--refresh never is no"),
+        (["--refresh", "never"], ConfigError, "--refresh never is neither a number of tokens nor once"),
         (["--max-new-tokens", "99"], ConfigError, "48 positions"),
     ],
 )

@@ -100,11 +100,11 @@ def test_average_of_one_model_is_that_model(models, tmp_path):
 
 
 def test_sums_are_exact_beyond_float32(models, tmp_path):
-    # 2^24 + 1 is no float32, so a running sum in float32 would lose every second one of these.
-    values = torch.full((1,), 1.0), torch.full((1,), 2.0**24), torch.full((1,), 1.0)
-    folders = [changed(models[0], tmp_path / str(n), {"extra": value}) for n, value in enumerate(values)]
+    # A running sum in float32 has steps of 1/2 at 2^24 / 3, and would leave 2/3.
+    values = [2.0**24, 1.0, -(2.0**24)]
+    folders = [changed(models[0], tmp_path / str(n), {"extra": torch.tensor([one])}) for n, one in enumerate(values)]
     found = averaged(folders, [1, 1, 1], tmp_path / "mean")["extra"]
-    assert found.item() == torch.tensor((2**24 + 2) / 3).item()
+    assert found.item() == pytest.approx(1 / 3, rel=1e-6)
 
 
 def test_type_of_the_tensors_is_kept(models, tmp_path):

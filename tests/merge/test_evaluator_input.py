@@ -151,7 +151,10 @@ def test_distance_that_is_none_is_refused(wrong):
 
 def test_fewer_than_four_documents_are_refused():
     evaluate(ONE_SETTING, *random_case(n_documents=4))
-    with pytest.raises(DataError, match="the validation split has 3 documents; at least 4 are needed"):
+    with pytest.raises(
+        DataError,
+        match=r"the validation split has 3 documents that can be scored, 2 of them to choose .* at least 2 of each",
+    ):
         evaluate(ONE_SETTING, *random_case(n_documents=3))
 
 

@@ -185,7 +185,8 @@ def test_tokenizer_that_cuts_otherwise_is_refused(parts):
         (5, None, [0, 1, 2, 3, 4]),
         (5, 9, [0, 1, 2, 3, 4]),
         (5, 5, [0, 1, 2, 3, 4]),
-        (10, 4, [0, 2, 5, 7]),  # 0, 2.5, 5, 7.5
+        (10, 4, [0, 1, 4, 5]),  # of 0, 2, 4, 6, 8 the places 0 and 2.5; of 1, 3, 5, 7, 9 the same
+        (10, 5, [0, 1, 2, 5, 6]),  # three of the first half, at 0, 1.7 and 3.3
         (10, 1, [0]),
         (7, 6, [0, 1, 2, 3, 4, 5]),
         (0, 3, []),
@@ -196,14 +197,17 @@ def test_places_are_evenly_spaced(n_documents, at_most, places):
     assert evenly_spaced(n_documents, at_most).tolist() == places
 
 
-def test_as_many_places_as_asked_for_each_once_and_none_far_from_the_next():
+def test_as_many_places_as_asked_for_half_of_them_from_either_half_and_none_far_from_the_next():
     for n_documents in range(1, 40):
         for at_most in range(1, n_documents + 1):
             places = evenly_spaced(n_documents, at_most)
-            assert len(places) == at_most
-            gaps = np.diff([*places, n_documents])
-            assert gaps.min() >= n_documents // at_most
-            assert gaps.max() <= -(-n_documents // at_most)
+            assert len(set(places.tolist())) == at_most
+            for first, wanted in ((0, (at_most + 1) // 2), (1, at_most // 2)):
+                half = places[places % 2 == first] // 2
+                size = len(range(first, n_documents, 2))
+                assert len(half) == wanted
+                gaps = np.diff([*half, size])
+                assert all(size // wanted <= gap <= -(-size // wanted) for gap in gaps) or not wanted
 
 
 def test_halves_are_every_second_document():
@@ -242,7 +246,7 @@ def test_four_documents_of_a_token_each_are_enough():
     [
         (
             {"tokens": [np.zeros(3, np.int64)] * 3},
-            "the validation split has 3 documents; at least 4 are needed, half of",
+            "has 3 documents that can be scored, 2 of them to choose the temperature and 1 to report on",
         ),
         (
             {"tokens": [np.zeros(length, np.int64) for length in (3, 2, 1, 3)]},

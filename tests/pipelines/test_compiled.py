@@ -98,7 +98,7 @@ def test_training_and_scoring_run_on_the_gpu_image_and_the_rest_on_the_cpu_image
         for name, executor in spec["deploymentSpec"]["executors"].items()
     }
     gpu = {name for name, image in by_executor.items() if image == images.GPU}
-    assert gpu == {"train-expert", "score-expert", "average-experts"}
+    assert gpu == {"check-gpus", "train-seed", "score-seed", "train-expert", "score-expert", "average-experts"}
     assert {image for name, image in by_executor.items() if name not in gpu} == {images.CPU}
 
 
@@ -115,10 +115,13 @@ def test_no_task_is_cached_by_kubeflow(spec):
                 assert not task.get("cachingOptions", {}).get("enableCache", False), name
 
 
-def test_seed_comes_before_experts_and_experts_before_the_evaluation(spec):
+def test_checks_come_first_and_the_seed_before_experts_and_experts_before_the_evaluation(spec):
     tasks = spec["root"]["dag"]["tasks"]
-    assert "train-expert" in tasks["experts"]["dependentTasks"]
+    assert [name for name, task in tasks.items() if "dependentTasks" not in task] == ["check-cluster"]
+    assert tasks["check-gpus"]["dependentTasks"] == ["check-cluster"]
+    assert "check-gpus" in tasks["plan-run"]["dependentTasks"]
+    assert "train-seed" in tasks["experts"]["dependentTasks"]
     assert "experts" in tasks["average-experts"]["dependentTasks"]
-    assert {"average-experts", "score-expert"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
+    assert {"average-experts", "score-seed"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
     assert "build-tokenizer" in tasks["fit-clusterer"]["dependentTasks"]  # clusters may be balanced by tokens
     assert "fit-clusterer" in tasks["assign"]["dependentTasks"]

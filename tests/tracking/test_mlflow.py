@@ -88,21 +88,6 @@ def server(launched: Server) -> Server:
     return launched.wait()
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables made; a copy of it spares each test 3 s."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def local(tmp_path: Path, template: Path) -> TrackingConfig:
-    (tmp_path / "store").mkdir()
-    shutil.copy(template, tmp_path / "store" / "mlflow.db")
-    return TrackingConfig(uri=f"sqlite:///{tmp_path}/store/mlflow.db", flush_interval_s=0.1)
-
-
 def client(config: TrackingConfig) -> "mlflow.MlflowClient":
     return mlflow.MlflowClient(config.resolved_uri())
 

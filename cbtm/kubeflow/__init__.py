@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines from outside of it: the compiled pipeline, its parameters, and the runs of a cluster."""
