@@ -12,7 +12,7 @@ from cbtm.train.nodes import Launch, Report, retire, train_on_nodes
 
 def exchange(run: Run, member: Member) -> Exchange:
     """The files that a member's machines and its stage share."""
-    return Exchange(run.uri("nodes", member.name))
+    return Exchange(run.exchange_root(member))
 
 
 def train(run: Run, member: Member, report: Report) -> Placed:

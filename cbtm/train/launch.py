@@ -75,7 +75,7 @@ def train_on(
         WorkerFailedError: If that rank failed by a defect, or was ended from outside.
     """
     folder = LaunchFolder.below(job.scratch)
-    if n_processes > 1:
+    if n_processes > 1 or node is not None:
         _check_devices(job.config, n_processes)
     with stop_requested() as stop:
         _wait_for_earlier(folder, job.member, stop.wait)

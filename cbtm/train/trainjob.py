@@ -37,6 +37,7 @@ _PASSED_ON = re.compile(
     r"AWS_.*|NCCL_.*|TORCH_NCCL_.*|PYTORCH_.*|OMP_NUM_THREADS|GOMP_.*|CBTM_(LOG_LEVEL|S3_PATIENCE|PROGRESS_SECONDS)"
     r"|(HTTPS?|NO)_PROXY|(https?|no)_proxy|SSL_CERT_FILE|REQUESTS_CA_BUNDLE"
 )
+_OF_THE_CLUSTER = re.compile(r"AWS_(ROLE|WEB_IDENTITY|CONTAINER|STS)_.*")  # it gives them to each pod by itself
 _CREDENTIAL = re.compile(r"SECRET|TOKEN|PASSWORD")
 
 
@@ -88,7 +89,7 @@ def _is_passed_on(variable: Json) -> bool:
     source = variable.get("valueFrom", {})
     if "secretKeyRef" in source or "configMapKeyRef" in source:
         return not name.startswith("MLFLOW_")
-    if not _PASSED_ON.fullmatch(name) or "valueFrom" in variable:
+    if not _PASSED_ON.fullmatch(name) or _OF_THE_CLUSTER.fullmatch(name) or "valueFrom" in variable:
         return False
     if _CREDENTIAL.search(name):
         logger.warning("%s stands in this pod as plain text, and is not given to its machines; use a secret", name)

@@ -35,6 +35,8 @@ OWN = {
                     {"name": "AWS_SECRET_ACCESS_KEY", "value": "in plain text"},
                     {"name": "NCCL_DEBUG", "value": "INFO"},
                     {"name": "PET_NNODES", "value": "7"},
+                    {"name": "AWS_WEB_IDENTITY_TOKEN_FILE", "value": "/var/run/secrets/token"},
+                    {"name": "AWS_ROLE_ARN", "value": "arn:role"},
                     {"name": "KFP_POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
                 ],
                 "resources": {
@@ -136,7 +138,9 @@ def test_machines_get_what_the_tasks_own_pod_has(caplog):
     assert found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-queue"
     assert "kueue.x-k8s.io/queue-name" not in pod_of(found)["metadata"]["labels"]
     assert "in plain text" not in json.dumps(found)
-    assert "AWS_SECRET_ACCESS_KEY stands in this pod as plain text" in caplog.text
+    assert caplog.messages == [
+        "AWS_SECRET_ACCESS_KEY stands in this pod as plain text, and is not given to its machines; use a secret"
+    ]
 
 
 def test_settings_of_the_node_come_before_those_of_the_own_pod():
