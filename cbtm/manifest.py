@@ -187,13 +187,27 @@ def made_before(spec: StageSpec) -> Manifest | None:
     return existing
 
 
-def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> Manifest:
+@dataclass(frozen=True)
+class Placed:
+    """What was built on another machine, and placed below the stage's root by it.
+
+    Attributes:
+        files: The files.
+        metadata: The manifest's metadata.
+    """
+
+    files: tuple[FileEntry, ...]
+    metadata: Mapping[str, Any]
+
+
+def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any] | Placed]) -> Manifest:
     """Return the stage's manifest, building its output only if it is not there already.
 
     Args:
         spec: Identity of the output.
-        build: Writes the output files into the given work folder and returns the manifest's metadata. After a
-            kill it is called again with the same folder as it was left, if the spec is the same.
+        build: Writes the output files into the given work folder and returns the manifest's metadata; or has them
+            placed from elsewhere. After a kill it is called again with the same folder as it was left, if the spec is
+            the same.
 
     Returns:
         The manifest, also written to `spec.manifest_uri`.
@@ -204,36 +218,44 @@ def run_stage(spec: StageSpec, build: Callable[[Path], Mapping[str, Any]]) -> Ma
             assert existing is not None
             logger.info("stage=%s root=%s up to date", spec.stage, spec.root)
             return existing
-        work = _work_folder(spec)
+        work = work_folder(spec)
         began = time.monotonic()
         with _disk_full_as_storage_error(spec):
-            metadata = build(work)
-            seconds = round(time.monotonic() - began, 2)
-            manifest = publish(spec, work, {**metadata, "seconds": seconds}, replaces=existing)
+            built = build(work)
+            seconds = {"seconds": round(time.monotonic() - began, 2)}
+            if isinstance(built, Placed):
+                manifest = conclude(spec, built.files, {**built.metadata, **seconds})
+            else:
+                manifest = publish(spec, work, {**built, **seconds}, replaces=existing)
         shutil.rmtree(work.parent, ignore_errors=True)
     logger.info("stage=%s root=%s files=%d done", spec.stage, spec.root, len(manifest.files))
     return manifest
 
 
 def publish(spec: StageSpec, work: Path, metadata: Mapping[str, Any], replaces: Manifest | None = None) -> Manifest:
-    """Move every file of the folder `work` to below `spec.root`, then write the manifest.
+    """Move every file of the folder `work` to below `spec.root`, then write the manifest."""
+    files = describe(work)
+    manifest = _manifest(spec, files, metadata)
+    text = _text(manifest)  # before anything is touched: metadata may hold what JSON cannot
+    place(spec, work, files, replaces)
+    storage.write_bytes(spec.manifest_uri, text)
+    return manifest
+
+
+def describe(work: Path) -> tuple[FileEntry, ...]:
+    """Size and sha256 of every file of a folder, sorted by path."""
+    return tuple(
+        FileEntry(path=file.path, size=file.size, sha256=storage.sha256_file(work / file.path))
+        for file in storage.list_files(str(work))
+    )
+
+
+def place(spec: StageSpec, work: Path, files: Sequence[FileEntry], replaces: Manifest | None = None) -> None:
+    """Move files of the folder `work` to below `spec.root`, which has no manifest from then on.
 
     The manifest that is replaced goes first, so that at no moment a manifest speaks of files of another run.
     """
-    paths = [file.path for file in storage.list_files(str(work))]
-    files = tuple(
-        FileEntry(path=path, size=(work / path).stat().st_size, sha256=storage.sha256_file(work / path))
-        for path in paths
-    )
-    manifest = Manifest(
-        stage=spec.stage,
-        config_digest=spec.config_digest,
-        inputs=dict(spec.inputs),
-        files=files,
-        metadata=dict(metadata),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    text = manifest.model_dump_json(indent=1)  # before anything is touched: metadata may hold what JSON cannot
+    paths = [file.path for file in files]
     storage.delete(spec.root, [spec.manifest_name])
     if replaces is not None:
         storage.delete(spec.root, sorted(set(replaces.paths()) - set(paths)))
@@ -241,8 +263,34 @@ def publish(spec: StageSpec, work: Path, metadata: Mapping[str, Any], replaces: 
         storage.upload(work, spec.root, paths)
     else:
         _move(work, storage.local_path(spec.root), paths)
-    storage.write_bytes(spec.manifest_uri, text.encode())
+
+
+def conclude(spec: StageSpec, files: Sequence[FileEntry], metadata: Mapping[str, Any]) -> Manifest:
+    """Write the manifest of files that have been placed.
+
+    Raises:
+        ManifestError: If one of them is not there in its full size.
+    """
+    manifest = _manifest(spec, files, metadata)
+    if missing := _damaged(spec.root, manifest):
+        raise ManifestError(f"{spec.root}: {missing[0]} was placed there and is missing or cut short; run it again")
+    storage.write_bytes(spec.manifest_uri, _text(manifest))
     return manifest
+
+
+def _manifest(spec: StageSpec, files: Sequence[FileEntry], metadata: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        stage=spec.stage,
+        config_digest=spec.config_digest,
+        inputs=dict(spec.inputs),
+        files=tuple(files),
+        metadata=dict(metadata),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _text(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
 
 
 def _damaged(root: str, manifest: Manifest) -> list[str]:
@@ -269,8 +317,8 @@ def _private_folder(spec: StageSpec) -> Path:
     return scratch / hashlib.sha256(spec.manifest_uri.encode()).hexdigest()[:24]
 
 
-def _work_folder(spec: StageSpec) -> Path:
-    """Folder that survives a kill, emptied when it was left by other work than this."""
+def work_folder(spec: StageSpec) -> Path:
+    """Folder on this machine that survives a kill, emptied when it was left by other work than this."""
     folder = _private_folder(spec) / "work"
     key = folder / "key.json"
     if not key.is_file() or json.loads(key.read_text() or "null") != spec.key:

@@ -63,6 +63,10 @@ class Run:
             return self.uri("seed")
         return self.uri("averages" if member.kind == "average" else "experts", member.name)
 
+    def exchange_root(self, member: Member) -> str:
+        """What the machines that train a model together and its stage tell each other, while it is trained."""
+        return self.uri("nodes", member.name)
+
     @property
     def key(self) -> str:
         """Identity of the run in the tracker: same root, same settings, same text."""

@@ -21,7 +21,7 @@ from cbtm.merge.config import EvaluateConfig, RoutingConfig
 from cbtm.merge.scorer import ScoreConfig
 from cbtm.merge.tasks import TaskConfig
 from cbtm.tracking import TrackingConfig
-from cbtm.train.config import SeedConfig, TrainConfig
+from cbtm.train.config import OptimizationConfig, SeedConfig, TrainConfig
 from cbtm.train.member import Member
 
 CONFIG_FILE = "config.json"
@@ -85,14 +85,15 @@ class RunConfig(Config):
         """Check what spans several sections.
 
         Raises:
-            ConfigError: If the batch does not divide among the clusters, train.clusters names one that there is not,
-                a top-k is larger than the number of experts, a setting needs scores that are not made, two tasks have
-                one name, or the random-cluster experts have no random clusters.
+            ConfigError: If the batch does not divide among the clusters or the devices, several machines have no root
+                in S3, train.clusters names one that there is not, a top-k is larger than the number of experts, a
+                setting needs scores that are not made, two tasks have one name, or the random-cluster experts have no
+                random clusters.
         """
-        _check_devices("train", self.train.share(self.cluster.n_clusters), self.train.devices)
+        self._check_devices("train", self.train.share(self.cluster.n_clusters), self.train)
         training = self.seed_model.training
         if training is not None:
-            _check_devices("seed_model.training", training.sequences_per_step, training.devices)
+            self._check_devices("seed_model.training", training.sequences_per_step, training)
         if training is not None and training.context_length != self.train.context_length:
             raise ConfigError(
                 f"seed_model.training.context_length={training.context_length} differs from "
@@ -107,6 +108,20 @@ class RunConfig(Config):
         self._check_evaluation()
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
+
+    def _check_devices(self, section: str, sequences: int, training: OptimizationConfig) -> None:
+        devices, nodes = training.devices, training.nodes
+        if sequences % (nodes * devices):
+            several = f" on each of {section}.nodes={nodes}" if nodes > 1 else ""
+            raise ConfigError(
+                f"{section}.devices={devices}{several}: the {sequences} sequences of a model's step do not divide "
+                f"among them; use a divisor of {sequences}, or other sequences_per_step"
+            )
+        if nodes > 1 and not storage.is_s3(self.root):
+            raise ConfigError(
+                f"{section}.nodes={nodes} machines share nothing but an object store, and root={self.root} is none; "
+                "use an s3:// root"
+            )
 
     def _check_evaluation(self) -> None:
         trained, top_k = self.trained_clusters, self.score.top_k
@@ -147,14 +162,6 @@ class RunConfig(Config):
         if self.train.random_clusters:
             members += [Member("random", cluster) for cluster in clusters]
         return members
-
-
-def _check_devices(section: str, sequences: int, devices: int) -> None:
-    if sequences % devices:
-        raise ConfigError(
-            f"{section}.devices={devices}: the {sequences} sequences of a model's step do not divide among them; use "
-            f"a divisor of {sequences}, or other sequences_per_step"
-        )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from typing import BinaryIO, TypeVar
 
 from cbtm import s3
 from cbtm.errors import StorageError
+from cbtm.outage import Patience
 from cbtm.outage import be_patient as be_patient
 from cbtm.outage import ended_by as ended_by
 from cbtm.outage import patience as patience
 
 _READ_BYTES = 4 << 20
+_WAIT_SECONDS = 0.5  # between two looks for a file that another machine is to write
 _UNFINISHED = ".cbtm-part-"  # prefix of a file that is being written
 
 T = TypeVar("T")
@@ -88,6 +91,16 @@ def local_path(uri: str) -> Path:
 def exists(uri: str) -> bool:
     """Tell whether a file (not a folder) is there."""
     return (s3.size(uri) if is_s3(uri) else _local_size(uri)) is not None
+
+
+def wait_for(uri: str, seconds: float) -> bool:
+    """Wait until a file is there, for at most `seconds` or until `ended_by` ends it; tells whether it is."""
+    here, until = Patience.of_this_call(), time.monotonic() + seconds
+    while not exists(uri):
+        if here.is_ended() or time.monotonic() >= until:
+            return False
+        here.pause(_WAIT_SECONDS)
+    return True
 
 
 def sizes(uri: str, paths: Sequence[str]) -> dict[str, int | None]:

@@ -62,6 +62,7 @@ Some rules span several fields and are checked before any work:
 - `preset: reference` sets keys of `score`, `routing` and `evaluate`; other values of one's own for these are refused.
 - The names of `tasks` differ, and their files are read when the run is planned.
 - `train.clusters` names clusters from 0 to `cluster.n_clusters` - 1, none twice.
+- The sequences of a model's step are a multiple of `nodes` times `devices`; `nodes` above 1 needs a `root` in S3.
 - `train.random_clusters` needs `assign.random_clusters`.
 - `cluster.n_clusters` is at most `cluster.max_documents` and `cluster.batch_documents`.
 - `cluster.path` and `cluster.assignments` exclude each other.
@@ -76,7 +77,7 @@ Some rules span several fields and are checked before any work:
 
 _PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false"}
 _OR_NULL = ", or null"
-_PLURAL = {int: "integers", float: "numbers", str: "texts"}
+_PLURAL = {int: "integers", float: "numbers", str: "texts", dict[str, Any]: "mappings"}
 _BOUNDS = (("ge", "≥ {}"), ("gt", "> {}"), ("le", "≤ {}"), ("lt", "< {}"), ("min_length", "at least {} long"))
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*)$")
 

@@ -77,3 +77,16 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "store")
     return f"{request.getfixturevalue('bucket')}/some/prefix"
+
+
+@pytest.fixture
+def kubernetes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A cluster with Kubeflow Trainer that KUBECONFIG leads to, as `kubernetes_server.Cluster`."""
+    from kubernetes_server import Server
+
+    server = Server(tmp_path / "kubernetes")
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+    storage.be_patient(0)
+    yield server.cluster
+    server.close()
+    storage.be_patient(0)

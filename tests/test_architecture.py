@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
     {
-        *("errors", "config", "storage", "s3", "outage", "manifest", "corpus", "parquet"),
+        *("errors", "config", "storage", "s3", "outage", "manifest", "corpus", "parquet", "kubernetes"),
         *("plan", "tokens", "progress", "process", "tracking"),
     },
     {"cluster"},
@@ -31,7 +31,7 @@ LAYERS = [
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}
 MAY_IMPORT_CORPORA = {"cli", "cli_corpus"}
-HEAVY = {"kfp", "mlflow", "torch", "transformers"}
+HEAVY = {"kfp", "kubernetes", "mlflow", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,9 @@ def test_cbtm_imports_neither_components_nor_pipelines():
         ("s3transfer", set()),
         ("huggingface_hub", {"cbtm/branch/source.py", "cbtm/branch/seed.py"}),
         ("fairscale", {"cbtm/train/fairscale_sharding.py"}),
+        ("kubernetes", {"cbtm/kubernetes.py"}),
+        ("kubeflow", set()),
+        ("kubeflow_trainer_api", set()),
         ("moto", set()),
         ("pytest", set()),
     ],
@@ -187,9 +190,10 @@ def test_an_outside_service_is_spoken_to_in_one_place(package: str, where: set[s
 
 
 @pytest.mark.parametrize(
-    ("module", "where"), [("cbtm.s3", {"cbtm/storage.py"}), ("cbtm.outage", {"cbtm/storage.py", "cbtm/s3.py"})]
+    ("module", "where"),
+    [("cbtm.s3", {"cbtm/storage.py"}), ("cbtm.outage", {"cbtm/storage.py", "cbtm/s3.py", "cbtm/kubernetes.py"})],
 )
-def test_what_lies_below_storage_is_used_by_storage_alone(module: str, where: set[str]):
+def test_what_lies_below_the_services_is_used_by_them_alone(module: str, where: set[str]):
     files = sources("cbtm", "components", "pipelines")
     assert {str(one.path) for path in files for one in imports(path) if one.target == module} == where
 

@@ -142,6 +142,12 @@ def test_what_would_fail_on_the_cluster_is_refused_before_anything_is_sent(serve
     assert server.runs == {}
 
 
+def test_a_training_on_several_machines_asks_for_the_gpu_that_its_models_are_scored_on(server, config):
+    # Eight devices on each of two machines are those of a TrainJob, and none of the pipeline's own pods.
+    cbtm("submit", config, "--set", "train.devices=8", "--set", "train.nodes=2", "--set", "train.sequences_per_step=64")
+    assert submitted(server)["gpu_count"] == "1"
+
+
 def test_a_training_on_processors_asks_for_no_gpu(server, config):
     cbtm("submit", config, "--set", "train.device=cpu", "--set", "seed_model.training.device=cpu")
     assert submitted(server)["gpu_count"] == "0"

@@ -233,3 +233,29 @@ def test_every_value_of_a_run_changes_its_digest():
 def test_the_digest_refuses_what_json_cannot_say():
     with pytest.raises(ValueError, match="JSON compliant"):
         digest_of({"a": math.nan})
+
+
+# --- several machines ---
+
+
+def test_several_machines_need_a_root_that_all_reach():
+    train = {"nodes": 2, "sequences_per_step": 64}
+    with pytest.raises(ConfigError) as error:
+        RunConfig.parse(run_values(train=train)).check()
+    assert str(error.value) == (
+        "train.nodes=2 machines share nothing but an object store, and root=runs/a is none; use an s3:// root"
+    )
+    RunConfig.parse(run_values(train=train, root="s3://bucket/a")).check()
+
+
+def test_sequences_of_a_step_divide_among_the_devices_of_all_machines():
+    # Two clusters share 16 sequences: 8 for each expert, and 2 machines of 8 devices are 16 ranks.
+    values = run_values(root="s3://bucket/a", cluster={"n_clusters": 2})
+    train = {"nodes": 2, "devices": 8, "sequences_per_step": 16}
+    with pytest.raises(ConfigError) as error:
+        RunConfig.parse(values | {"train": train}).check()
+    assert str(error.value) == (
+        "train.devices=8 on each of train.nodes=2: the 8 sequences of a model's step do not divide among them; use a "
+        "divisor of 8, or other sequences_per_step"
+    )
+    RunConfig.parse(values | {"train": train | {"devices": 4}}).check()

@@ -441,3 +441,39 @@ def test_paths_are_those_below_a_prefix():
     made = Manifest(stage="s", config_digest="c", inputs={}, files=files)
     assert made.paths("a/1.") == ["a/1.npy"]
     assert made.paths() == ["a/1.npy", "a/10.npy", "b"]
+
+
+# --- files that another machine has placed ---
+
+
+def placed_elsewhere(spec: StageSpec, folder: Path) -> manifests.Placed:
+    """What another machine does: build, place, and say which files."""
+    work = folder / "elsewhere"
+    metadata = Build()(work)
+    files = manifests.describe(work)
+    manifests.place(spec, work, files, manifests.load_if_there(spec.manifest_uri))
+    return manifests.Placed(files, metadata)
+
+
+def test_files_that_were_placed_elsewhere_get_the_manifest_of_a_build_here(root: str, tmp_path: Path):
+    here = run_stage(spec_of(f"{root}/here"), Build())
+    there = spec_of(f"{root}/there")
+    made = run_stage(there, lambda _: placed_elsewhere(there, tmp_path))
+    assert made.digest == here.digest
+    assert made.metadata | {"seconds": 0} == here.metadata | {"seconds": 0}
+    assert data_files(there.root) == data_files(f"{root}/here")
+    assert manifests.load(there.manifest_uri) == made
+
+
+def test_placing_removes_the_old_manifest_and_what_only_that_named(root: str, tmp_path: Path):
+    run_stage(spec_of(root), Build({"old.bin": b"o", "a.bin": b"o"}))
+    placed_elsewhere(spec_of(root, config_digest="config-2"), tmp_path)
+    assert published(root) == {"a.bin": b"aaa", "deep/b.bin": b"bb"}
+
+
+def test_no_manifest_is_written_over_a_placed_file_that_is_not_there(root: str, tmp_path: Path):
+    placed = placed_elsewhere(spec_of(root), tmp_path)
+    storage.delete(root, ["deep/b.bin"])
+    with pytest.raises(ManifestError, match=r"deep/b\.bin was placed there and is missing or cut short; run it again"):
+        run_stage(spec_of(root), lambda _: placed)
+    assert not storage.exists(spec_of(root).manifest_uri)

@@ -102,6 +102,10 @@ def with_configuration(config: RunConfig, given: Mapping[str, Any]) -> dict[str,
 
 
 def gpus_needed(config: RunConfig) -> int:
-    """Most devices of one training that may be GPUs; 0 where all is on processors."""
+    """Most GPUs that one task of the pipeline uses; 0 where all is on processors.
+
+    A training on several machines has their GPUs, which a TrainJob asks for; its models are scored on one.
+    """
     trainings = [config.train, *([config.seed_model.training] if config.seed_model.training is not None else [])]
-    return max((training.devices for training in trainings if training.device != "cpu"), default=0)
+    on_gpus = [training for training in trainings if training.device != "cpu"]
+    return max((training.devices if training.nodes == 1 else 1 for training in on_gpus), default=0)

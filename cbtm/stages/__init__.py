@@ -63,7 +63,8 @@ def assign(run: Run, group: str) -> Manifest:
 
 def train(run: Run, member: Member) -> Manifest:
     """Train one member; the seed is trained from scratch or taken over, an average is made of the experts."""
-    if (made := _made_before(run.train_spec(member), run.uri("checkpoints", member.name))) is not None:
+    left = (run.uri("checkpoints", member.name), run.exchange_root(member))
+    if (made := _made_before(run.train_spec(member), *left)) is not None:
         return made
     from cbtm.stages import experts
 
@@ -105,10 +106,10 @@ def evaluate(run: Run) -> Manifest:
     return result.evaluate(run)
 
 
-def _made_before(spec: StageSpec, checkpoints: str) -> Manifest | None:
-    """Manifest of an output that is there, unless checkpoints are left that its stage has still to remove."""
+def _made_before(spec: StageSpec, *left: str) -> Manifest | None:
+    """Manifest of an output that is there, unless something is left below `left` that its stage has still to remove."""
     made = manifests.made_before(spec)
-    return made if made is not None and not storage.list_files(checkpoints) else None
+    return made if made is not None and not any(storage.list_files(uri) for uri in left) else None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Stages on models: train a member, score the validation tokens under it."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ from numpy.typing import NDArray
 from cbtm.branch.seed import check_vocabulary, create_model, load_model, save_model
 from cbtm.branch.source import fetch_model
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.manifest import Manifest, run_stage
+from cbtm.manifest import Manifest, Placed, run_stage
 from cbtm.merge.score_blocks import ScoreBlocks
 from cbtm.merge.scorer import score_documents, top_k_needed
 from cbtm.merge.validation_set import selection_documents
 from cbtm.progress import progress
 from cbtm.run import Run
+from cbtm.stages import nodes
 from cbtm.stages.averages import average
 from cbtm.stages.held_out import HeldOut, distances, held_out, open_router_parts, validation_set
 from cbtm.stages.tracked import child
+from cbtm.tracking import Tracker
 from cbtm.train.checkpoint import Checkpoints
+from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import TrainJob, ValidationData
 from cbtm.train.launch import train_on
 from cbtm.train.member import Member
@@ -31,41 +36,60 @@ def train(run: Run, member: Member) -> Manifest:
     if member.kind == "average":
         return run_stage(spec, lambda work: average(run, member, work))
     made = run_stage(spec, lambda work: _train(run, member, work))
-    # After publication only: until then the checkpoint is all there is.
+    # After publication only: until then checkpoints and TrainJob are all there is.
+    nodes.end_earlier(run, member)
     Checkpoints(run.uri("checkpoints", member.name), key=spec.key, scratch=Path()).clear()
     return made
 
 
-def _train(run: Run, member: Member, work: Path) -> dict[str, Any]:
+def _train(run: Run, member: Member, work: Path) -> dict[str, Any] | Placed:
     seed = run.config.seed_model
     if member.kind == "seed" and seed.path is not None:
         return _take_over_seed(run, seed.path, work)
-    job = _job(run, member, work)  # before there is a turn at a device: it is not to wait for downloads
+    config = run.optimization(member)
+    if config.nodes > 1:
+        with _tracked(run, member) as tracker:
+            placed = nodes.train(run, member, tracker.log_metrics)
+            _track_end(tracker, config, placed.metadata)
+        return placed
+    nodes.end_earlier(run, member)
+    job = job_of(run, member, work)  # before there is a turn at a device: it is not to wait for downloads
     with (
-        device_slot(job.config.devices, threads=job.config.threads, device=job.config.device),
-        child(run, member.name, member.kind, cluster=member.cluster, own_task=True) as tracker,
+        device_slot(config.devices, threads=config.threads, device=config.device),
+        _tracked(run, member) as tracker,
         progress(f"train:{member.name}", "steps") as shown,
     ):
-        tracker.log_dataset(
-            run.config.corpus.root, run.config.corpus.root, run.plan_made.digest("train")[:32], "training"
-        )
-        tracker.log_params({"member": member.name, "member_sequences_per_step": job.sequences_per_step})
         facts = train_on(
             job,
-            n_processes=job.config.devices,
+            n_processes=config.devices,
             report=tracker.log_metrics,
-            progress=lambda step, loss: shown.update(step, job.config.steps, loss=f"{loss:.3f}"),
+            progress=lambda step, loss: shown.update(step, config.steps, loss=f"{loss:.3f}"),
         )
-        cost = {f"cost/{name}": float(value) for name, value in facts["cost"].items() if isinstance(value, int | float)}
-        tracker.log_params({"device": facts["cost"]["device"], "member_steps": job.config.steps})
-        tracker.log_metrics(
-            {"train/tokens_seen": facts["tokens_seen"], "train/epochs": facts["epochs"], **cost}, facts["steps"]
-        )
+        _track_end(tracker, config, facts)
     return facts
 
 
-def _job(run: Run, member: Member, work: Path) -> TrainJob:
-    """Bring everything that a member's training needs to this machine."""
+@contextmanager
+def _tracked(run: Run, member: Member) -> Iterator[Tracker]:
+    """A member's run in the tracker, with what is known before it is trained."""
+    assert member.kind != "average"
+    with child(run, member.name, member.kind, cluster=member.cluster, own_task=True) as tracker:
+        corpus = run.config.corpus.root
+        tracker.log_dataset(corpus, corpus, run.plan_made.digest("train")[:32], "training")
+        tracker.log_params({"member": member.name, "member_sequences_per_step": run.share(member)})
+        yield tracker
+
+
+def _track_end(tracker: Tracker, config: OptimizationConfig, facts: Mapping[str, Any]) -> None:
+    cost = {f"cost/{name}": float(value) for name, value in facts["cost"].items() if isinstance(value, int | float)}
+    tracker.log_params({"device": facts["cost"]["device"], "member_steps": config.steps})
+    tracker.log_metrics(
+        {"train/tokens_seen": facts["tokens_seen"], "train/epochs": facts["epochs"], **cost}, facts["steps"]
+    )
+
+
+def job_of(run: Run, member: Member, work: Path) -> TrainJob:
+    """Bring everything that a member's training needs to this machine; `work` receives the trained model."""
     scratch = work.parent
     config = run.optimization(member)
     tokenizer = run.fetch(run.tokenizer_spec(), scratch)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import cbtm
 from cbtm import storage
 from cbtm.errors import CbtmError, ConfigError
+from cbtm.kubernetes import connect
 from cbtm.process import in_kubernetes
 from cbtm.run_config import PlaceOverrides, RunConfig, parse_config
 from cbtm.tracking import tracking_problem
@@ -52,6 +53,7 @@ def check_cluster(text: str, place: PlaceOverrides, *, compiled_by: str) -> RunC
         raise _not_ready([*problems, str(error)]) from None  # without it there is nothing more to look at
     problems += _root_problems(config.root)
     problems += _tracking_problems(config)
+    problems += _trainjob_problems(config)
     if problems:
         raise _not_ready(problems)
     logger.info("root=%s tracking=%s ready", config.root, config.tracking.uri if config.tracking.enabled else "off")
@@ -155,10 +157,21 @@ def _tracking_hint(problem: str) -> str:
     return "; check the address, or set tracking.enabled=false"
 
 
+def _trainjob_problems(config: RunConfig) -> Iterator[str]:
+    """Whether TrainJobs can be had, where some training is on several machines."""
+    trainings = [one for one in (config.train, config.seed_model.training) if one is not None and one.nodes > 1]
+    for namespace in sorted({one.node.namespace for one in trainings}, key=str):
+        try:
+            with storage.patience(0):
+                connect(namespace).read("cbtm-check")  # there is none: it is the answer that counts
+        except CbtmError as error:
+            yield f"train.nodes above 1: {error}"
+
+
 def _gpu_problems(config: RunConfig, promised: int | None) -> Iterator[str]:
     training = config.seed_model.training
     sections = {"train": config.train} | ({"seed_model.training": training} if training is not None else {})
-    on_gpus = {name: section for name, section in sections.items() if section.device != "cpu"}
+    on_gpus = {name: one for name, one in sections.items() if one.device != "cpu" and one.nodes == 1}
     wanted = {name: section.devices for name, section in on_gpus.items() if promised or section.device == "cuda"}
     if promised is not None:
         for name, devices in wanted.items():

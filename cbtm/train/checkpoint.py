@@ -3,8 +3,9 @@
 Each checkpoint is a folder with its own manifest, published whole; a torn one has no manifest and is passed over.
 Below one URI lie the checkpoints of one training run, bound to it by the run's key: another configuration or other
 data never resumes from them. Tensors are written by torch.distributed.checkpoint, each rank its own part, in its
-safetensors format; read on another number of ranks, each takes the part that is its own then. Random generators are
-not in it: each step seeds them anew.
+safetensors format; read on another number of ranks, each takes the part that is its own then. Of ranks on several
+machines each machine uploads what it has (`cbtm.train.parts`). Random generators are not in it: each step seeds them
+anew.
 
 A checkpoint is written to this machine's disk while the training waits, and published while it goes on.
 """
@@ -13,12 +14,13 @@ import contextlib
 import json
 import logging
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -29,10 +31,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cbtm import manifest, storage
 from cbtm.errors import CbtmError, ManifestError, StorageError
 from cbtm.manifest import Manifest
+from cbtm.train.parts import place_part, publish_parts
 from cbtm.train.ranks import Ranks
 from cbtm.train.uploads import Uploads
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STAGE = "checkpoint"
 _STATE = "state.json"
@@ -72,7 +77,7 @@ class Checkpoints:
     Args:
         uri: Folder or s3:// prefix of this training run's checkpoints.
         key: Identity of the training run.
-        scratch: Local folder for building and fetching, the same for all ranks.
+        scratch: Local folder for building and fetching, the same for all ranks of a machine.
         keep: How many complete checkpoints stay.
         ranks: The ranks; None for one process.
         describe: Writes what belongs beside the tensors (the model's configuration, its tokenizer) into a folder, so
@@ -122,9 +127,14 @@ class Checkpoints:
         Raises:
             StorageError: If this machine's disk is full.
         """
+        token = None
+        if self._n_nodes > 1:
+            # One at a time: machines that publish at their own pace would leave out different ones.
+            self.settle()
+            token = self._from_first(uuid.uuid4().hex)
         self._saved += 1  # no two in one folder: one of the same step may still be on its way
         work = self._scratch / f"saving-{state.step:08d}-{self._saved}"
-        if self._is_first:
+        if self._is_first_of_node:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         with _disk_full_as_storage_error(work):
@@ -136,18 +146,18 @@ class Checkpoints:
                 (work / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
                 if self._describe is not None:
                     self._describe(work)
-        if self._is_first:
-            self._uploads.submit(work, lambda folder: self._publish(state.step, folder))
+        if self._is_first_of_node:
+            self._uploads.submit(work, lambda folder: self._publish(state.step, folder, token))
 
     def settle(self) -> str | None:
         """Wait until what was saved is published; returns why the newest checkpoint could not be, if so."""
         problem = None
-        if self._is_first:
+        if self._is_first_of_node:
             try:
                 self._uploads.drain()
             except (CbtmError, OSError) as error:
                 problem = str(error)
-        return self._from_first(problem)
+        return problem if self._ranks is None else self._ranks.first_of(problem)
 
     def restore(self, tensors: MutableMapping[str, Tensor]) -> TrainState | None:
         """Fill `tensors` from the newest complete checkpoint of this training run, or return None without one.
@@ -155,15 +165,20 @@ class Checkpoints:
         Raises:
             ManifestError: If it is complete but of another model than `tensors` are.
         """
-        if self._is_first:
+        if self._is_first_of_node:
             for left in self._scratch.glob("saving-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        folder = self._from_first(self._fetch_newest() if self._is_first else None)
-        if folder is None:
+        step = self._from_first(self._fetch_newest() if self._is_first else None)
+        if self._is_first and self._n_nodes > 1:
+            self._remove_beyond(step)
+        if step is None:
             return None
-        state = load_checkpoint(Path(folder), tensors, alone=self._alone)
+        if self._is_first_of_node and not self._is_first:
+            self._fetch(step)  # to this machine as well
         self._wait()
-        if self._is_first:
+        state = load_checkpoint(self._fetched(step), tensors, alone=self._alone)
+        self._wait()
+        if self._is_first_of_node:
             shutil.rmtree(self._scratch / "restoring", ignore_errors=True)
         return state
 
@@ -181,25 +196,40 @@ class Checkpoints:
         names = {file.path.split("/")[0] for file in storage.list_files(self.uri)}
         return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
 
-    def _fetch_newest(self) -> str | None:
+    def _fetch_newest(self) -> int | None:
         for step in reversed(self.steps()):
             spec = self._spec(step)
-            shutil.rmtree(self._scratch / "restoring", ignore_errors=True)  # for the same reason as in _publish
             try:
-                found = manifest.load_if_there(spec.manifest_uri)
-                if found is None or not manifest.is_current(spec, found):
-                    continue
-                return str(fetch_checkpoint(spec.root, found, self._scratch / "restoring"))
+                if manifest.is_current(spec, manifest.load_if_there(spec.manifest_uri)):
+                    self._fetch(step)
+                    return step
             except ManifestError as error:
                 logger.warning("checkpoint=%s passed over: %s", spec.root, error)
         return None
 
-    def _publish(self, step: int, folder: Path) -> None:
+    def _fetch(self, step: int) -> None:
+        """Bring a checkpoint to this machine, to where `_fetched` says."""
+        spec = self._spec(step)
+        shutil.rmtree(self._scratch / "restoring", ignore_errors=True)  # for the same reason as in _publish
+        fetch_checkpoint(spec.root, manifest.load(spec.manifest_uri), self._scratch / "restoring")
+
+    def _fetched(self, step: int) -> Path:
+        root = self._spec(step).root
+        return self._scratch / "restoring" if storage.is_s3(root) else storage.local_path(root)
+
+    def _publish(self, step: int, folder: Path, token: str | None) -> None:
         if self._best is not None:
             self._best._uploads.drain()  # the state names the best checkpoint: without it, this one is of no use
-        # Of a killed try with more ranks there are more files, which a reader would take for a part of this one.
-        self._remove(step)
-        manifest.publish(self._spec(step), folder, {"step": step})
+        if token is None:
+            # Of a killed try with more ranks there are more files, which a reader would take for a part of this one.
+            self._remove(step)
+            manifest.publish(self._spec(step), folder, {"step": step})
+        elif not self._is_first:
+            assert self._ranks is not None
+            place_part(self._spec(step), folder, node=self._ranks.node, token=token)
+            return
+        else:
+            publish_parts(self._spec(step), folder, {"step": step}, n_nodes=self._n_nodes, token=token)
         # Later steps than this one are torn or of another training run: this one has just come from before them.
         steps = self.steps()
         usable = [other for other in steps if other <= step and self._is_complete(other)]
@@ -216,6 +246,12 @@ class Checkpoints:
         except ManifestError:
             return False
 
+    def _remove_beyond(self, step: int | None) -> None:
+        """Remove what other machines could be uploading parts to later on: then there is nothing that could be torn."""
+        for other in self.steps():
+            if step is None or other > step:
+                self._remove(other)
+
     def _remove(self, step: int) -> None:
         root = self._spec(step).root
         # The manifest goes first: a checkpoint that is half removed must not look whole.
@@ -225,11 +261,19 @@ class Checkpoints:
             shutil.rmtree(storage.local_path(root), ignore_errors=True)
 
     @property
+    def _n_nodes(self) -> int:
+        return 1 if self._ranks is None else self._ranks.n_nodes
+
+    @property
     def _is_first(self) -> bool:
         return self._ranks is None or self._ranks.is_first
 
-    def _from_first(self, value: str | None) -> str | None:
-        found: str | None = value if self._ranks is None else self._ranks.from_first(value)
+    @property
+    def _is_first_of_node(self) -> bool:
+        return self._ranks is None or self._ranks.is_first_of_node
+
+    def _from_first(self, value: T) -> T:
+        found: T = value if self._ranks is None else self._ranks.from_first(value)
         return found
 
     def _wait(self) -> None:

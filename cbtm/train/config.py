@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from cbtm.branch.seed import ScratchModelConfig
 from cbtm.config import Config, digest_of
 from cbtm.errors import ConfigError
+from cbtm.train.node import NodeConfig
 from cbtm.train.packing import Packing
 
 # What a training may be resumed with differently.
@@ -19,6 +20,8 @@ _BESIDE_THE_RESULT = (
     "validation_sequences",
     "price_per_hour",
     "devices",
+    "nodes",
+    "node",
     "sharding",
 )
 
@@ -56,7 +59,9 @@ class OptimizationConfig(Config):
         validation_sequences: Most sequences of each of the two validations.
         patience: Validations without a better loss on the own domain after which training ends, and the model of the
             best one is kept; None takes all steps.
-        devices: Devices (GPUs, or processes on a CPU) of this machine that train one model together.
+        devices: Devices (GPUs, or processes on a CPU) of each machine that train one model together.
+        nodes: Machines that train one model together. More than one are the pods of a TrainJob of Kubeflow Trainer.
+        node: What each of these machines is.
         sharding: How the model is spread over them: ddp replicates it, fsdp2 and fairscale (GPUs only) shard weights,
             gradients and moments; auto is none for one device and ddp for several.
         threads: CPU threads; None takes PyTorch's default. Results are equal to the bit for equal counts only.
@@ -90,6 +95,8 @@ class OptimizationConfig(Config):
     validation_sequences: int = Field(default=64, ge=1)
     patience: int | None = Field(default=None, ge=1)
     devices: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    node: NodeConfig = NodeConfig()
     sharding: Literal["auto", "none", "ddp", "fsdp2", "fairscale"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -103,8 +110,9 @@ class OptimizationConfig(Config):
 
     @model_validator(mode="after")
     def _devices_share_the_work(self) -> Self:
-        if self.sharding == "none" and self.devices > 1:
-            raise ValueError(f"sharding=none is for one device, not for devices={self.devices}; use ddp or fsdp2")
+        if self.sharding == "none" and self.nodes * self.devices > 1:
+            several = f"devices={self.devices}" + (f" on each of nodes={self.nodes}" if self.nodes > 1 else "")
+            raise ValueError(f"sharding=none is for one device, not for {several}; use ddp or fsdp2")
         if self.patience is not None and self.validate_every is None:
             raise ValueError(f"patience={self.patience} counts validations; set validate_every as well")
         if self.validate_every is not None and self.validate_every > self.steps:

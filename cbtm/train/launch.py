@@ -1,5 +1,7 @@
 """One training on the devices of one machine: in this process, or in several that torchrun starts.
 
+Where several machines train one model, each has such a launch, for its own part of the ranks.
+
 The launch is the only process that its user meets. It hands on what rank 0 reports, passes a stop request to the
 workers themselves (torchrun would end them while they save), and makes of several failing ranks the one error that
 came first. The processes run in sessions of their own, so that Ctrl-C reaches the launch alone; they end with it,
@@ -26,6 +28,7 @@ from cbtm.errors import ConfigError, Interrupted
 from cbtm.process import stop_requested
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import TrainJob
+from cbtm.train.node import Node
 from cbtm.train.outcome import Outcome, RankError, WorkerFailedError
 from cbtm.train.slots import cores, held_locks
 from cbtm.train.worker import MODULE, LaunchFolder, load_function
@@ -49,6 +52,7 @@ def train_on(
     progress: Progress | None,
     stop_seconds: float = STOP_SECONDS,
     target: str = TARGET,
+    node: Node | None = None,
 ) -> dict[str, Any]:
     """Train one member on `n_processes` devices of this machine.
 
@@ -59,9 +63,10 @@ def train_on(
         progress: Receives steps and losses of rank 0: with several processes not each, but the last one.
         stop_seconds: How long the processes may save after SIGTERM or SIGINT.
         target: The function that each process calls, as `package.module:function`.
+        node: This machine among others that train the member with it; None for this one alone.
 
     Returns:
-        What the function returned on rank 0.
+        What the function returned on rank 0; nothing on a machine that does not have it.
 
     Raises:
         ConfigError: If there are fewer GPUs than processes.
@@ -69,13 +74,13 @@ def train_on(
         CbtmError: The error of the rank that failed first, with its exit code.
         WorkerFailedError: If that rank failed by a defect, or was ended from outside.
     """
-    folder = LaunchFolder(job.scratch / "launch")
-    if n_processes > 1:
+    folder = LaunchFolder.below(job.scratch)
+    if n_processes > 1 or node is not None:
         _check_devices(job.config, n_processes)
     with stop_requested() as stop:
         _wait_for_earlier(folder, job.member, stop.wait)
-        if n_processes > 1:
-            with _running(folder, job, n_processes, target) as launch:
+        if n_processes > 1 or node is not None:
+            with _running(folder, job, n_processes, target, node) as launch:
                 while not launch.has_ended():
                     launch.hand_on(report, progress)
                     if stop.is_set():
@@ -124,12 +129,15 @@ def _wait_for_earlier(folder: LaunchFolder, member: str, wait: Callable[[float],
 
 
 @contextlib.contextmanager
-def _running(folder: LaunchFolder, job: TrainJob, n_processes: int, target: str) -> Iterator["_Launch"]:
+def _running(
+    folder: LaunchFolder, job: TrainJob, n_processes: int, target: str, node: Node | None
+) -> Iterator["_Launch"]:
     """Start torchrun; at the end of the block none of its processes is left."""
     shutil.rmtree(folder.root, ignore_errors=True)
     folder.root.mkdir(parents=True)
     job.save(folder.job)
     command = [sys.executable, "-m", MODULE, "agent", str(os.getpid()), str(folder.root), target, str(n_processes)]
+    command += [] if node is None else node.arguments()
     with folder.agent_log.open("wb") as out:
         agent = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
             command,
@@ -140,7 +148,7 @@ def _running(folder: LaunchFolder, job: TrainJob, n_processes: int, target: str)
             start_new_session=True,
             pass_fds=held_locks(),  # if this process is killed its devices stay taken until the agent has ended
         )
-    launch = _Launch(folder, agent, n_processes)
+    launch = _Launch(folder, agent, node or Node(0, 1, "", 0), n_processes)
     try:
         yield launch
     finally:
@@ -244,9 +252,10 @@ def _open_process(pid: int) -> int | None:
 class _Launch:
     """torchrun and its workers, from the start to their end."""
 
-    def __init__(self, folder: LaunchFolder, agent: "subprocess.Popen[bytes]", n_processes: int) -> None:
+    def __init__(self, folder: LaunchFolder, agent: "subprocess.Popen[bytes]", node: Node, n_processes: int) -> None:
         self._folder, self._agent = folder, agent
-        self._ranks = [_Rank(rank, folder) for rank in range(n_processes)]
+        self._ranks = [_Rank(rank, folder) for rank in node.ranks(n_processes)]
+        self._n_ranks = node.count * n_processes
         self._killed: set[int] = set()  # by this launch
         self._stop_began: float | None = None
         self._failure_seen: float | None = None
@@ -314,19 +323,18 @@ class _Launch:
         Raises:
             CbtmError: If it returned nothing.
         """
-        ranks = range(len(self._ranks))
+        ranks = [rank.rank for rank in self._ranks]
         failed = [RankError.load(path) for path in map(self._folder.error, ranks) if path.is_file()]
         ended = json.loads(self._folder.ended.read_bytes()) if self._folder.ended.is_file() else []
-        outcome = Outcome(
-            n_ranks=len(ranks),
-            errors=failed,
-            exit_codes={one["rank"]: one["exit_code"] for one in ended if one["rank"] not in self._killed},
-            stopping=self._stop_began is not None,
-            log=self._folder.log,
-        )
+        codes = {one["rank"]: one["exit_code"] for one in ended if one["rank"] not in self._killed}
+        stopping = self._stop_began is not None
+        self._folder.save_outcome(failed, codes, stopping=stopping)
+        outcome = Outcome(self._n_ranks, failed, codes, stopping, log=self._folder.log, n_heard=len(ranks))
         error = outcome.error()
         if error is not None:
             raise error
+        if ranks[0] > 0 and self._agent.returncode == 0:
+            return {}
         if not self._folder.facts.is_file():
             lines = self._folder.agent_log.read_text(encoding="utf-8", errors="replace").splitlines()
             raise WorkerFailedError(

@@ -95,17 +95,30 @@ class Outcome:
         errors: What ranks that could still speak have said.
         exit_codes: Of ranks that failed, in the order in which torchrun noticed; negative is a signal's number.
         stopping: Whether they had been asked to stop.
-        log: The log of a rank.
+        log: Path of a rank's log, or its last lines.
+        n_heard: How many of them `errors` could come from, where not all: those of one machine of several.
     """
 
     n_ranks: int
     errors: list[RankError]
     exit_codes: dict[int, int]
     stopping: bool
-    log: Callable[[int], Path]
+    log: Callable[[int], Path | str]
+    n_heard: int | None = None
 
     def error(self) -> CbtmError | None:
         """The one error that caused the others; None if there was none."""
+        if (cause := self.cause()) is not None:
+            return cause
+        failures = sorted((error for error in self.errors if not error.is_interruption), key=lambda error: error.time)
+        if failures and not self.stopping:
+            return self._failed(failures[0])
+        if self.errors or self.exit_codes or self.stopping:
+            return self._interrupted()
+        return None
+
+    def cause(self) -> CbtmError | None:
+        """The error that explains the end; None where the ranks were stopped, or have lost one on another machine."""
         failures = sorted((error for error in self.errors if not error.is_interruption), key=lambda error: error.time)
         causes = [error for error in failures if not error.consequence]
         silent = {rank: code for rank, code in self.exit_codes.items() if rank not in {one.rank for one in failures}}
@@ -116,19 +129,11 @@ class Outcome:
             return self._ended(killed[0])
         if causes:
             return self._failed(causes[0])
-        if self.stopping and not others:
-            return self._interrupted()
-        if others:
-            return self._ended(others[0])
-        if failures:
-            return self._failed(failures[0])
-        if self.errors or silent:
-            return self._interrupted()
-        return None
+        return self._ended(others[0]) if others else None
 
     def _interrupted(self) -> CbtmError:
         said = [error.message for error in self.errors if error.is_interruption]
-        if len(said) == self.n_ranks:
+        if len(said) == (self.n_heard or self.n_ranks):
             return Interrupted(said[0])
         return Interrupted("stopped without a new checkpoint; training goes on from the last one")
 

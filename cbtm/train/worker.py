@@ -6,6 +6,7 @@ file that is written whole. torchrun itself says which rank ended and how; its o
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import fcntl
 import importlib
@@ -24,6 +25,7 @@ from typing import Any
 from cbtm import storage
 from cbtm.process import end_with_parent, log_to_stderr, s3_patience
 from cbtm.train.job import TrainJob
+from cbtm.train.node import Node
 from cbtm.train.outcome import RankError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 Train = Callable[..., dict[str, Any]]
 
 MODULE = "cbtm.train.worker"
+_OUTCOME = "outcome.json"
 _PROGRESS_SECONDS = 0.1  # between two events of progress: a bar needs no more
 
 
@@ -39,6 +42,11 @@ class LaunchFolder:
     """Files of one launch, below the job's scratch folder."""
 
     root: Path
+
+    @classmethod
+    def below(cls, scratch: Path) -> "LaunchFolder":
+        """That of a job with this scratch folder."""
+        return cls(scratch / "launch")
 
     @property
     def job(self) -> Path:
@@ -54,6 +62,21 @@ class LaunchFolder:
     def ended(self) -> Path:
         """What torchrun's agent says of ranks that ended otherwise: rank and exit code, the first one first."""
         return self.root / "ended.json"
+
+    def save_outcome(self, errors: list[RankError], exit_codes: dict[int, int], *, stopping: bool) -> None:
+        """Write down how the ranks ended, as the launch sees it, for those who look at more than its own error."""
+        told = {"errors": [dataclasses.asdict(error) for error in errors], "exit_codes": exit_codes}
+        storage.write_bytes(str(self.root / _OUTCOME), json.dumps({**told, "stopping": stopping}).encode())
+
+    def clear_outcome(self) -> None:
+        """Forget that of an earlier launch."""
+        (self.root / _OUTCOME).unlink(missing_ok=True)
+
+    def load_outcome(self) -> dict[str, Any] | None:
+        """What `save_outcome` wrote; None if the launch has not come to its end."""
+        path = self.root / _OUTCOME
+        found: dict[str, Any] | None = json.loads(path.read_bytes()) if path.is_file() else None
+        return found
 
     @property
     def agent_log(self) -> Path:
@@ -186,13 +209,19 @@ def _send_output_to(path: Path) -> None:
     faulthandler.enable()  # a segmentation fault leaves its stack there
 
 
-def run_agent(folder: LaunchFolder, n_processes: int, target: str) -> int:
-    """Run torchrun in this process; returns the exit code."""
+def run_agent(folder: LaunchFolder, n_processes: int, target: str, node: Node | None) -> int:
+    """Run torchrun in this process, for this machine alone or as one of several; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    options = {"--nproc-per-node": n_processes, "--max-restarts": 0, "--local-addr": "127.0.0.1"}
-    arguments = ["--standalone", *(str(part) for option in options.items() for part in option)]
+    options: dict[str, object] = {"--nproc-per-node": n_processes, "--max-restarts": 0}
+    if node is None:
+        options |= {"--local-addr": "127.0.0.1"}
+    else:
+        options |= {"--nnodes": node.count, "--node-rank": node.number}
+        options |= {"--master-addr": node.address, "--master-port": node.port}
+    arguments = ["--standalone"] if node is None else []
+    arguments += [str(part) for option in options.items() for part in option]
     arguments += ["--log-dir", str(folder.root / "torchrun"), "-m", MODULE]
     try:
         with shared_lock(folder.lock):
@@ -205,14 +234,14 @@ def run_agent(folder: LaunchFolder, n_processes: int, target: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run as `agent PARENT FOLDER TARGET N` or `worker PARENT FOLDER TARGET`; PARENT is the starting process."""
+    """Run as `agent PARENT FOLDER TARGET N [NODE]` or `worker PARENT FOLDER TARGET`; PARENT starts it."""
     role, parent, root, target, *rest = arguments
     end_with_parent()
     if os.getppid() != int(parent):  # it ended before it could be said that this process ends with it
         return 1
     folder = LaunchFolder(Path(root))
     if role == "agent":
-        return run_agent(folder, int(rest[0]), target)
+        return run_agent(folder, int(rest[0]), target, Node.parse(rest[1:]) if rest[1:] else None)
     return run_worker(folder, target)
 
 

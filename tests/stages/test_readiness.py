@@ -146,6 +146,32 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(bucket):
 # --- pods with GPUs; this machine has none ---
 
 torch = pytest.importorskip("torch")
+# --- several machines ---
+
+NODES = {"nodes": 2, "sequences_per_step": 8}
+
+
+def test_trainjobs_are_asked_for_where_a_training_is_on_several_machines(bucket, kubernetes):
+    check_cluster(config(f"{bucket}/run"), NOTHING, compiled_by=HERE)
+    assert kubernetes.requests == []
+    check_cluster(config(f"{bucket}/run", **NODES), NOTHING, compiled_by=HERE)
+    kubernetes.has_trainer = False
+    with pytest.raises(
+        NotReadyError, match=r"not ready: train\.nodes above 1: cannot read TrainJob .* Kubeflow Trainer"
+    ):
+        check_cluster(config(f"{bucket}/run", **NODES), NOTHING, compiled_by=HERE)
+    kubernetes.has_trainer, kubernetes.refuse = True, ("GET", "trainjobs")
+    with pytest.raises(NotReadyError, match="give the service account the rights in deploy/trainjobs"):
+        check_cluster(config(f"{bucket}/run", **NODES), NOTHING, compiled_by=HERE)
+
+
+def test_task_that_has_its_machines_elsewhere_needs_no_gpus_of_its_own(bucket, in_a_pod):
+    text = config(f"{bucket}/run", devices=8, nodes=2, sequences_per_step=32)
+    check_gpus(text, "0", compiled_by=HERE)
+    with pytest.raises(NotReadyError, match=r"train\.devices=8, but the parameter gpu_count=1"):
+        check_gpus(config(f"{bucket}/run", devices=8, sequences_per_step=32), "1", compiled_by=HERE)
+
+
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 

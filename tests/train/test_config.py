@@ -34,6 +34,12 @@ def test_settings_are_checked_without_importing_torch():
         ({"sharding": "fsdp"}, "sharding: Input should be 'auto', 'none', 'ddp', 'fsdp2' or 'fairscale'"),
         ({"devices": 0}, "devices: Input should be greater than or equal to 1"),
         ({"devices": 2, "sharding": "none"}, "sharding=none is for one device, not for devices=2; use ddp or fsdp2"),
+        (
+            {"nodes": 2, "sharding": "none"},
+            "sharding=none is for one device, not for devices=1 on each of nodes=2; use ddp or fsdp2",
+        ),
+        ({"node": {"memory": "64 GB"}}, r"node\.memory: String should match pattern"),
+        ({"node": {"memori": "64Gi"}}, "unknown key 'node.memori'; did you mean 'memory'"),
         ({"patience": 2}, "patience=2 counts validations; set validate_every as well"),
         ({"patience": 0, "validate_every": 5}, "patience: Input should be greater than or equal to 1"),
         ({"validate_every": 11}, "validate_every=11 is larger than steps=10"),
@@ -59,6 +65,7 @@ def test_wrong_settings_are_named(values, message):
         {"price_per_hour": 2.5},
         {"devices": 4, "sharding": "fsdp2"},
         {"sharding": "ddp"},
+        {"nodes": 2, "node": {"memory": "64Gi"}},
     ],
 )
 def test_training_goes_on_with_other_settings_of_what_is_beside_the_result(changes):
@@ -68,7 +75,7 @@ def test_training_goes_on_with_other_settings_of_what_is_beside_the_result(chang
 
 BESIDE_THE_RESULT = {
     *("checkpoint_every", "checkpoints_kept", "log_every", "validate_every", "validation_sequences"),
-    *("price_per_hour", "devices", "sharding"),
+    *("price_per_hour", "devices", "nodes", "node", "sharding"),
 }
 OTHER_VALUES = {
     "steps": 11,

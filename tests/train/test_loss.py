@@ -148,7 +148,7 @@ def test_loss_and_gradients_of_a_model_are_those_of_its_own_logits(name, scale):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_are_the_log_softmax_at_the_targets(name, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 10)  # 27 tokens: chunks of 10, 10 and 7
+    monkeypatch.setattr(module, "CPU_TILE", 10)  # 27 tokens: rows of 10, 10 and 7, and 30 tiles beside each other
     model = build(name, scale=200.0).eval()
     inputs, targets = blocks()
     found = CausalLoss(model).log_probs(inputs, targets)
@@ -223,6 +223,16 @@ def test_above_0_by_rounding_is_0(monkeypatch):
     assert found[0, 0] == 0
     # ln(1 + e) = 1.3133 after the first logit, 1: the token itself is untouched.
     torch.testing.assert_close(found[0, 1], torch.tensor(-1.31326), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4, 5, 1024])
+def test_a_token_is_found_in_whichever_tile_it_lies_and_padding_of_minus_infinity_adds_nothing(monkeypatch, tile):
+    # Probabilities 1/8, 2/8, 4/8, 1/8, and two tokens that there are not: with tiles of 2 they fill one.
+    monkeypatch.setattr(module, "CPU_TILE", tile)
+    logits = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0, 0.0]).log().expand(1, 6, 6)
+    found = CausalLoss(Certain(logits)).log_probs(torch.zeros((1, 6)), torch.arange(6)[None])
+    expected = torch.tensor([[1 / 8, 2 / 8, 4 / 8, 1 / 8, 0, 0]]).log()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_nan_stays_nan():
@@ -314,7 +324,7 @@ def test_rows_that_are_not_learned_do_not_go_through_the_head(monkeypatch):
     targets[:, 3:] = IGNORED
     causal.sum_loss(inputs, targets, n_targets=12)
     causal.log_probs(inputs, targets, n_targets=12)
-    assert shapes == [(12, 300), (12, 300)]
+    assert shapes == [(12, 300), (1, 12)]  # all logits of the loss; of the scores the sums of one tile, of 12 rows
 
 
 @pytest.mark.parametrize("name", ["OPT", "Gemma2"], ids=["plain head", "other head"])
@@ -349,7 +359,7 @@ def test_log_probs_under_autocast_are_those_of_the_loss_and_near_float32(name):
 
 
 def test_the_head_is_converted_once_and_not_for_each_chunk(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 10)  # 72 rows: 8 chunks
+    monkeypatch.setattr(module, "CPU_TILE", 10)  # 72 rows of 300: 8 x 30 tiles
     causal = CausalLoss(build("OPT").eval())
     weight = causal._weight()
     converted = []

@@ -11,6 +11,8 @@ import torch
 from tiny_training import (
     CONTEXT,
     Trained,
+    assert_close,
+    assert_equal,
     go_on,
     make_job,
     start_ranks,
@@ -32,7 +34,6 @@ from cbtm.train.sharding import decoder_layers, shard
 
 # An epsilon of the gradient's size: without it Adam would hide a gradient of the wrong length.
 STEEP = {"learning_rate": 0.1, "adam_epsilon": 0.05}
-MACHINE = {"train/tokens_per_second", "train/data_wait", "train/memory_gb"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,27 +82,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
-
-
-def assert_close(run: Trained, expected: Trained):
-    """Same losses, curve and weights, up to the order in which float32 was summed."""
-    assert run.losses == pytest.approx({step: expected.losses[step] for step in run.losses}, rel=1e-5)
-    assert len(run.curve) == len(expected.curve)
-    for point, other in zip(run.curve, expected.curve, strict=True):
-        assert point.keys() == other.keys()
-        assert {name: point[name] for name in point.keys() - MACHINE} == pytest.approx(
-            {name: other[name] for name in other.keys() - MACHINE}, rel=1e-4
-        )
-    assert run.weights.keys() == expected.weights.keys()
-    for name, tensor in run.weights.items():
-        torch.testing.assert_close(tensor, expected.weights[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def assert_equal(run: Trained, expected: Trained):
-    """Same losses and weights to the bit."""
-    assert run.losses == {step: expected.losses[step] for step in run.losses}
-    assert run.weights.keys() == expected.weights.keys()
-    assert all(torch.equal(run.weights[name], expected.weights[name]) for name in run.weights)
 
 
 # --- several ranks take the steps of one ---
