@@ -211,6 +211,11 @@ class _Rank:
             os.close(self._process)
 
     @property
+    def started(self) -> bool:
+        """Whether it has said that it is there."""
+        return self._pid is not None
+
+    @property
     def lives(self) -> bool:
         """Whether it has started and not ended."""
         if self._process is not None:
@@ -256,6 +261,7 @@ class _Launch:
         self._folder, self._agent = folder, agent
         self._ranks = [_Rank(rank, folder) for rank in node.ranks(n_processes)]
         self._n_ranks = node.count * n_processes
+        self._is_alone = node.count == 1
         self._killed: set[int] = set()  # by this launch
         self._stop_began: float | None = None
         self._failure_seen: float | None = None
@@ -289,6 +295,12 @@ class _Launch:
         for rank in self._ranks:
             if not rank.asked_to_stop:
                 rank.asked_to_stop = rank.send(signal.SIGTERM)
+        if (
+            not self._is_alone
+            and now - self._stop_began > _GRACE_SECONDS
+            and not any(rank.started for rank in self._ranks)
+        ):
+            self._agent.kill()  # it waits for another machine, deaf to signals
         if now - self._stop_began > seconds:
             self._kill_ranks()
 

@@ -1,7 +1,8 @@
 """Next-token cross-entropy that never holds all logits.
 
 At a vocabulary of 50,000 the logits of one block take more memory than the model; so the head runs over chunks of
-rows, and the gradient of each chunk is made while its logits are at hand. Exact: the same sums in another order.
+rows, and the gradient of each chunk is made while its logits are at hand. Exact: the same sums in another order. Scores
+look at each logit once, so there the head runs over tiles that stay in a core's cache.
 Models whose head is more than one matrix (a bias, a soft cap) take the plain way through their own forward.
 
 Rows without a target to learn (prompts, padding) add nothing; where the caller says how many there are, they do not

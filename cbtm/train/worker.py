@@ -34,6 +34,7 @@ Train = Callable[..., dict[str, Any]]
 
 MODULE = "cbtm.train.worker"
 _OUTCOME = "outcome.json"
+_MEETING_SECONDS = 1800  # that one machine may wait for another, which still fetches its inputs
 _PROGRESS_SECONDS = 0.1  # between two events of progress: a bar needs no more
 
 
@@ -220,6 +221,7 @@ def run_agent(folder: LaunchFolder, n_processes: int, target: str, node: Node | 
     else:
         options |= {"--nnodes": node.count, "--node-rank": node.number}
         options |= {"--master-addr": node.address, "--master-port": node.port}
+        options |= {"--rdzv-conf": f"timeout={_MEETING_SECONDS}"}
     arguments = ["--standalone"] if node is None else []
     arguments += [str(part) for option in options.items() for part in option]
     arguments += ["--log-dir", str(folder.root / "torchrun"), "-m", MODULE]

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from cbtm.train import launch
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import TrainJob
 from cbtm.train.launch import train_on
+from cbtm.train.node import Node
 from cbtm.train.outcome import RankError, WorkerFailedError
 from cbtm.train.worker import LaunchFolder
 
@@ -138,6 +140,19 @@ def test_stop_request_lets_all_save_and_a_second_one_changes_nothing(tmp_path):
     assert saved(job) == [step, step]
     assert str(stopped.value) == f"stopped at step {step} of 10000"
     assert stopped.value.exit_code == 75
+    assert processes_of(job) == []
+
+
+def test_stop_request_reaches_a_machine_that_waits_for_another(tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        node = Node(1, 2, "127.0.0.1", nobody.getsockname()[1])
+        job = job_in(tmp_path)
+        threading.Timer(6.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        with pytest.raises(Interrupted, match="stopped without a new checkpoint; training goes on from the last one"):
+            launched(job, n_processes=1, node=node)
+    assert time.monotonic() - began < 30
     assert processes_of(job) == []
 
 
