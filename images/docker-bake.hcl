@@ -3,7 +3,7 @@
 #   set -a; eval "$(python3 -m components.images)"; docker buildx bake --file images/docker-bake.hcl
 #
 # The names come from components/images.py through the environment. `make images` builds for this machine alone, with
-# any engine, and takes the address of torch's CPU builds from here.
+# any engine.
 variable "CBTM_IMAGE_CPU" {}
 
 variable "CBTM_IMAGE_GPU" {}
@@ -14,8 +14,9 @@ variable "REVISION" {
   default = ""
 }
 
+# PyTorch's own index of CPU builds. Without it amd64 takes torch from the default index, whose build is that for CUDA.
 variable "TORCH_CPU_INDEX" {
-  default = "https://download.pytorch.org/whl/cpu"
+  default = ""
 }
 
 group "default" {
