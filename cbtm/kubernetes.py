@@ -60,6 +60,7 @@ class NodePod:
         runs: Whether its container runs.
         waiting: Why its container does not run yet: Kubernetes' reason and message.
         ended: How its container ended: now, or, where it was started again, the last time.
+        leaves: Whether it is being removed, as from a machine that is emptied.
     """
 
     name: str
@@ -69,6 +70,7 @@ class NodePod:
     runs: bool
     waiting: tuple[str, str] | None
     ended: Ended | None
+    leaves: bool = False
 
     @classmethod
     def of(cls, pod: Mapping[str, Any]) -> "NodePod":
@@ -90,6 +92,7 @@ class NodePod:
             runs="running" in state,
             waiting=(reason.get("reason", ""), reason.get("message", "")) if reason else None,
             ended=Ended(ended["exitCode"], ended.get("reason", "")) if ended else None,
+            leaves="deletionTimestamp" in meta,
         )
 
 
@@ -99,13 +102,13 @@ class Kubernetes:
     Args:
         configuration: The client's, with address and credentials.
         namespace: The namespace.
-        in_cluster: Whether this process runs in a pod of the cluster.
+        own_namespace: That of the pod of this process; None outside of the cluster.
     """
 
-    def __init__(self, configuration: Any, namespace: str, *, in_cluster: bool) -> None:
+    def __init__(self, configuration: Any, namespace: str, own_namespace: str | None = None) -> None:
         from kubernetes import client
 
-        self.namespace, self._in_cluster = namespace, in_cluster
+        self.namespace, self._own_namespace = namespace, own_namespace
         api = client.ApiClient(configuration)
         self._custom, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
@@ -163,13 +166,13 @@ class Kubernetes:
 
     def own_pod(self) -> Json | None:
         """The pod that this process runs in; None where it runs in none, or may not read it."""
-        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME")
-        if not self._in_cluster or not name:
+        name, namespace = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME"), self._own_namespace
+        if namespace is None or not name:
             return None
         try:
             found: Json | None = self._request(
                 f"read pod {name}",
-                lambda: self._core.read_namespaced_pod(name, self.namespace, **_PLAIN),
+                lambda: self._core.read_namespaced_pod(name, namespace, **_PLAIN),
                 unless=(404,),
             )
         except KubernetesError as error:
@@ -204,7 +207,7 @@ class Kubernetes:
         from urllib3.exceptions import HTTPError
 
         seconds = None
-        if since is not None:
+        if since:
             seconds = max(1, int(time.time() - datetime.fromisoformat(since).timestamp()) + _CLOCK_SECONDS)
         stream = self._answer(
             f"read the log of pod {pod}",
@@ -222,7 +225,7 @@ class Kubernetes:
             for line in _lines(stream.stream(amt=None, decode_content=False)):
                 found = _TIME.match(line)
                 at, text = found.groups() if found else (since or "", line)
-                if since is None or at > since:
+                if not since or at > since:
                     yield at, text
         except HTTPError as error:
             raise ConnectionError(str(error)) from error
@@ -274,7 +277,7 @@ def connect(namespace: str | None) -> Kubernetes:
                 f"this pod has no access to Kubernetes ({error}); give it a service account whose token is mounted"
             ) from None
         own = _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.is_file() else "default"
-        return Kubernetes(configuration, namespace or own, in_cluster=True)
+        return Kubernetes(configuration, namespace or own, own)
     file = os.environ.get("KUBECONFIG")  # the client looks at the variable but once, when it is imported
     try:
         config.load_kube_config(file, client_configuration=configuration)
@@ -283,7 +286,7 @@ def connect(namespace: str | None) -> Kubernetes:
         raise ConfigError(
             f"train.nodes above 1 needs a Kubernetes cluster, and none is found: {error}; set KUBECONFIG"
         ) from None
-    return Kubernetes(configuration, namespace or context.get("namespace", "default"), in_cluster=False)
+    return Kubernetes(configuration, namespace or context.get("namespace", "default"))
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:

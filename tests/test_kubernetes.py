@@ -179,6 +179,8 @@ def test_pod_that_was_evicted_has_ended_without_an_exit_code():
     assert NodePod.of(pod).ended == Ended(-1, "Evicted")
     pod["status"] = {"phase": "Pending"}
     assert NodePod.of(pod) == NodePod("p", "u", 0, 0, False, None, None)
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"  # its machine is being emptied
+    assert NodePod.of(pod).leaves
 
 
 def test_own_pod_is_that_of_the_task(kubernetes, monkeypatch, caplog):
@@ -186,7 +188,7 @@ def test_own_pod_is_that_of_the_task(kubernetes, monkeypatch, caplog):
     monkeypatch.setenv("KFP_POD_NAME", "task-1")
     api = connect(None)
     assert api.own_pod() is None  # this process is in none: kubeconfig has led it to the cluster
-    api._in_cluster = True
+    api._own_namespace = "team"
     assert api.own_pod()["metadata"]["name"] == "task-1"
     kubernetes.others.clear()
     kubernetes.refuse = ("GET", "pods")

@@ -208,7 +208,7 @@ class _Attempt:
             if (placed := _result(self._launch)) is not None:
                 self._hear_out(all_end=True)
                 return placed
-            if found is None or found["metadata"]["uid"] != self._uid:
+            if found is None or found["metadata"]["uid"] != self._uid or "deletionTimestamp" in found["metadata"]:
                 raise KubernetesError(
                     f"TrainJob {self._launch.name} was removed by somebody else; run this again to go on from the last "
                     "checkpoint"
@@ -261,6 +261,8 @@ class _Attempt:
         """What the cluster knows of an end that is none of the training's making."""
         for pod in pods:
             first = self._first_seen.setdefault(pod.uid, pod)
+            if pod.leaves:
+                return MachineLost(f"pod {pod.name} of node {pod.node} is being removed")
             if pod.ended is None or (pod.runs and pod.restarts == first.restarts):
                 continue  # one that was started again before this launch came has joined the others
             if pod.ended.reason == "OOMKilled":

@@ -237,6 +237,19 @@ def test_pod_that_is_gone_is_a_machine_lost(launch, kubernetes):
         train_on_nodes(made, Metrics())
 
 
+def test_machine_that_is_emptied_is_lost_though_its_pod_still_saves(launch, kubernetes):
+    made = launch(["wait", "train"], ["wait", "train"])
+
+    def evict():
+        kubernetes.pods[1].leaves = True
+        kubernetes.pods[1].kill(signal.SIGTERM)
+
+    soon(lambda: len(kubernetes.pods) == 2 and all(pod.lines for pod in kubernetes.pods), evict)
+    assert train_on_nodes(made, Metrics()).metadata == {"steps": 10}
+    assert len(kubernetes.posted) == 2
+    assert [pod.ended["exitCode"] for pod in kubernetes.pods[:2]] == [75, 75]
+
+
 def test_trainjob_that_somebody_removes_is_not_made_again_behind_his_back(launch, kubernetes):
     made = launch(["wait"], ["wait"])
     soon(lambda: kubernetes.pods and kubernetes.pods[0].lines, lambda: kubernetes.delete(NAME))
