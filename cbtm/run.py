@@ -33,6 +33,7 @@ from cbtm.train.job import Shard, Shards
 from cbtm.train.member import Member
 
 RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
+DOCUMENTS_FILE = "documents.csv"
 SOURCES_FILE = "sources.json"
 
 
