@@ -89,7 +89,7 @@ class Run:
     @property
     def key(self) -> str:
         """Identity of the run in the tracker: same root, same settings, same text."""
-        settings = self.config.model_dump(mode="json", exclude={"tracking", "name"})
+        settings = self.config.model_dump(mode="json", exclude={"tracking", "name", "compare"})
         return digest_of([settings, self.plan_made.digest("train"), self.plan_made.digest("validation")])
 
     # --- plan ---
