@@ -25,7 +25,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, NoCredentialsError, ReadTimeoutError, SSLError
 
-from cbtm import outage, s3, storage
+from cbtm import outage, s3, s3_errors, storage
 from cbtm.errors import ConfigError, StorageError
 from cbtm.manifest import StageSpec, fetch, run_stage
 from cbtm.process import s3_patience, stage_process
@@ -467,7 +467,7 @@ def refusal(status: int, code: str) -> ClientError:
     ids=str,
 )
 def test_what_may_pass_by_itself_is_told_from_what_does_not(error: Exception, passes: bool):
-    assert s3._is_transient(error) is passes
+    assert s3_errors.is_transient(error) is passes
 
 
 def test_a_missing_endpoint_scheme_or_missing_credentials_are_named_at_once(s3_settings: pytest.MonkeyPatch):
