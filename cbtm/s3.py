@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+import cbtm
 from cbtm.errors import StorageError
 from cbtm.outage import GivenUp, Patience, ended_by, persist
 from cbtm.s3_errors import REMEDIES, TRANSIENT_CODES, code_of, explain, is_local, is_transient, unwrapped
@@ -333,15 +334,21 @@ class _PatientRequests:
 def client(attempts: int) -> "S3Client":
     """The client whose requests botocore makes up to `attempts` times, over some seconds."""
     import boto3
+    import botocore.session
     from botocore.config import Config as BotoConfig
 
-    return boto3.session.Session().client(
+    session = botocore.session.get_session()
+    # Nobody here reads the time of an object, and it is a tenth of what a small answer costs to parse.
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
+    return boto3.session.Session(botocore_session=session).client(
         "s3",
         config=BotoConfig(
             retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=5,
             read_timeout=60,
             max_pool_connections=_PARALLEL_FILES * 2,
+            # The default is put together again for every request, which takes a seventh of a small one's time.
+            user_agent=f"cbtm/{cbtm.__version__} Boto3/{boto3.__version__}",
             # Stores other than AWS refuse or mishandle the trailing checksums of newer boto3 versions.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
