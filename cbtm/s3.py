@@ -195,7 +195,6 @@ def upload_file(path: Path, uri: str) -> None:
 
     def put(s3: "S3Client") -> None:
         with _Sent(path, check) as file:
-            # Of a file, unlike of bytes, botocore asks first whether the store will have it: a round trip.
             s3.put_object(Bucket=bucket, Key=key, Body=file.readall() if length <= _WHOLE_BYTES else file)
 
     def is_passing(error: Exception) -> bool:
@@ -340,7 +339,7 @@ def client(attempts: int) -> "S3Client":
     session = botocore.session.get_session()
     # Nobody here reads the time of an object, and it is a tenth of what a small answer costs to parse.
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
-    return boto3.session.Session(botocore_session=session).client(
+    made = boto3.session.Session(botocore_session=session).client(
         "s3",
         config=BotoConfig(
             retries={"mode": "standard", "total_max_attempts": attempts},
@@ -354,6 +353,14 @@ def client(attempts: int) -> "S3Client":
             response_checksum_validation="when_required",
         ),
     )
+    made.meta.events.register_last("before-call.s3", _send_at_once)
+    return made
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Spare what lies in memory the round trip in which botocore asks whether the store will have the body at all."""
+    if isinstance(params.get("body"), io.BytesIO):
+        params["headers"].pop("Expect", None)
 
 
 def _client_of(patience: Patience) -> "S3Client":
