@@ -538,6 +538,25 @@ def test_an_event_breaks_off_a_transfer_that_is_under_way(
     assert "Uploads" not in proxied[2].list_multipart_uploads(Bucket=bucket)  # nothing of it is left in the store
 
 
+def test_an_event_breaks_off_the_one_request_of_a_smaller_file(
+    proxy: Proxy, proxied: tuple[Proxy, Any, Any], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3, "_WHOLE_BYTES", MIB)
+    (tmp_path / "file").write_bytes(bytes(PART))
+    end, events = threading.Event(), proxied[1].meta.events
+
+    def set_end(**_: Any) -> None:
+        end.set()
+
+    events.register("before-send.s3", set_end)
+    try:
+        with storage.ended_by(end), pytest.raises(StorageError, match=f"{root}/file: "):
+            storage.upload(tmp_path, root, ["file"])
+    finally:
+        events.unregister("before-send.s3", set_end)
+    assert storage.list_files(root) == []
+
+
 @pytest.mark.parametrize("action", ["read_bytes(uri)", "upload(Path(here), uri, ['a', 'b'])"])
 def test_ctrl_c_ends_the_wait(s3_settings: pytest.MonkeyPatch, tmp_path: Path, action: str):
     with socket.socket() as free:
