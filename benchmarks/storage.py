@@ -43,6 +43,7 @@ from cbtm.manifest import StageSpec
 OURS, STAGE = "cbtm", "cbtm, as a stage"
 COMMAND, LOOP, POOL = "aws s3 cp", "boto3, a loop", "boto3, 10 threads"
 UP, DOWN = "up", "down"
+SHORT = ("cbtm", "stage", "aws", "loop", "pool")  # in this order, for --contenders
 PEERS = (COMMAND, LOOP)  # of the goals
 FEW, MANY = 1.0, 2.0  # times as fast as each peer: up to as many files as a pool has threads, and above
 CONNECTIONS = 10  # of a boto3 client by default
@@ -239,7 +240,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bucket", required=True)
     parser.add_argument("--workloads", default="4x64000000,2000x100000", metavar="FILESxBYTES,…")
-    parser.add_argument("--contenders", default=",".join(("cbtm", "stage", "aws", "loop", "pool")), metavar="NAME,…")
+    parser.add_argument("--contenders", default=",".join(SHORT), metavar="NAME,…")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="longest copy of one contender")
     parser.add_argument("--folder", metavar="FOLDER", help="where the files lie; the temporary folder by default")
@@ -253,7 +254,7 @@ def main() -> None:
         raise SystemExit("set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: see benchmarks/README.md")
     if args.small:
         args.workloads, args.repeats = "2x200000,20x1000", 1
-    short = dict(zip(("cbtm", "stage", "aws", "loop", "pool"), CONTENDERS, strict=True))
+    short = dict(zip(SHORT, CONTENDERS, strict=True))
     names = [OURS, *(short[name] for name in args.contenders.split(",") if short[name] != OURS)]
     has_command = shutil.which("aws") is not None
     if not has_command:
@@ -270,7 +271,7 @@ def main() -> None:
     if args.small:
         return
     for workload, seconds in medians.items():
-        for peer in PEERS:
+        for peer in [name for name in PEERS if name in names]:
             for direction in (UP, DOWN):
                 ratio = seconds.get((peer, direction), 0) / seconds.get((OURS, direction), float("nan"))
                 goal(f"{workload} {direction}: >= {workload.goal:g}x {peer}", ratio >= workload.goal, f"{ratio:.2f}x")

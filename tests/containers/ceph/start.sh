@@ -1,6 +1,7 @@
 #!/bin/sh
 # One monitor, one store and one object gateway on the loopback interface; started again it finds its data.
-# In: RGW_PORT, ACCESS_KEY, SECRET_KEY, STORE_BYTES (4 GiB; removed objects keep their room for two hours). The health check of the container says when the gateway answers.
+# In: RGW_PORT, ACCESS_KEY, SECRET_KEY; STORE_BYTES, 4 GiB by default (what is removed keeps its room for two hours).
+# The health check of the container says when the gateway answers.
 set -eu
 port=${RGW_PORT:-7480}
 mon=/var/lib/ceph/mon/ceph-a
