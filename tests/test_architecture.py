@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
     {
-        *("errors", "config", "storage", "s3", "outage", "manifest", "corpus", "parquet", "kubernetes"),
+        *(
+            "errors",
+            "config",
+            "storage",
+            "s3",
+            "outage",
+            "manifest",
+            "manifest_cache",
+            "corpus",
+            "parquet",
+            "kubernetes",
+        ),
         *("plan", "tokens", "progress", "process", "tracking"),
     },
     {"cluster"},
