@@ -30,12 +30,14 @@ class Requests:
     Attributes:
         kinds: How many of each of `KINDS`; parts of a multipart upload count as put.
         bytes_read: Bytes of all answers to get.
-        read: Bytes that were asked for, by key.
+        read: Bytes of those answers, by "/bucket/key".
+        gets: How often each of those was asked for.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     bytes_read: int = 0
     read: Counter[str] = field(default_factory=Counter)
+    gets: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -64,8 +66,10 @@ def counted(client: Any) -> Iterator[Requests]:
     def note_answer(http_response: Any, parsed: Any, model: Any, **_: Any) -> None:
         if model.name == "GetObject" and "ContentLength" in parsed:
             with lock:
+                key = unquote(urlsplit(http_response.url).path)
                 found.bytes_read += parsed["ContentLength"]
-                found.read[unquote(urlsplit(http_response.url).path)] += parsed["ContentLength"]
+                found.read[key] += parsed["ContentLength"]
+                found.gets[key] += 1
 
     client.meta.events.register("before-send.s3", note)
     client.meta.events.register("after-call.s3", note_answer)

@@ -50,7 +50,8 @@ class ManifestCache:
 
     def read_ahead(self, specs: Iterable[StageSpec]) -> None:
         """Read the manifests of several outputs at once, those that are there; `load` waits for none of them then."""
-        uris = [spec.manifest_uri for spec in specs if spec.manifest_uri not in self._found]
+        uris = [spec.manifest_uri for spec in list(specs)]  # all first: to tell one may have loaded another
+        uris = [uri for uri in uris if uri not in self._found]
         names = [uri.removeprefix(f"{self._root}/") for uri in uris]
         for name, found in manifests.load_each(self._root, names).items():
             if found is not None:
