@@ -38,6 +38,14 @@ from cbtm.train.job import CURVE_FILE, EXPERT_FILE
 from cbtm.train.member import Member
 
 ROOT, CORPUS, MODEL = "s3://simulation/run", "s3://simulation/corpus", "s3://simulation/opt"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "simulation",
+    "AWS_SECRET_ACCESS_KEY": "simulation",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing listens there, and nothing is sent
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
 SHARD_BYTES = 140_000_000  # 1.4 TB in 10,000 shards
 _COUNTS = {"documents": 71, "tokens": 34_000, "bytes": 150_000}
 
@@ -255,14 +263,7 @@ def connect(store: MemoryStore) -> None:
     """Make cbtm's S3 client speak to the store."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
         os.environ.pop(name, None)
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "simulation",
-        "AWS_SECRET_ACCESS_KEY": "simulation",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",  # nothing listens there, and nothing is sent
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
+    os.environ |= ENVIRONMENT
     s3.client.cache_clear()
     store.attach(s3.client(8))
 
