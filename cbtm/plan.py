@@ -6,6 +6,7 @@ corpus gives the same groups on every machine.
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -76,15 +77,26 @@ class Plan(BaseModel):
         Raises:
             ManifestError: If the plan has none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
+        if (group := self._by_name.get(name)) is not None:
+            return group
         raise ManifestError(f"the plan has no shard group {name!r}; it has {', '.join(g.name for g in self.groups)}")
 
     def digest(self, part: Part) -> str:
         """Identity of the text of one part."""
+        return self._digests[part]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ShardGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def _digests(self) -> dict[Part, str]:
         # By file, not by group: how the work is divided changes nothing that is made of the whole.
-        return digest_of([[file.path, file.digest] for group in self.part(part) for file in group.files])
+        parts: tuple[Part, ...] = ("train", "validation")
+        return {
+            part: digest_of([[file.path, file.digest] for group in self.part(part) for file in group.files])
+            for part in parts
+        }
 
 
 def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = None) -> Plan:

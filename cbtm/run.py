@@ -3,6 +3,7 @@
 This is the one place that knows where a run's files lie and what depends on what; `cbtm.stages` does the work.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,10 +25,11 @@ from cbtm.config import digest_of
 from cbtm.corpus import Document, ReadCounts, read_files
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec
+from cbtm.manifest_cache import ManifestCache
 from cbtm.merge.tasks import task_digest
 from cbtm.plan import Part, Plan, make_plan
 from cbtm.run_config import RunConfig, parse_config, recorded_config
-from cbtm.tokens import TokenDocuments
+from cbtm.tokens import SHARD_SUFFIXES, TokenDocuments
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import Shard, Shards
 from cbtm.train.member import Member
@@ -46,6 +48,8 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self._manifests = ManifestCache(config.root)
+        self._digests_assigned: dict[Part, dict[str, str]] = {}
 
     @classmethod
     def parse(cls, text: str) -> "Run":
@@ -112,16 +116,17 @@ class Run:
         plan = make_plan(self.config.corpus, max_groups=self.config.assign.max_groups, previous=previous)
         if plan != previous:
             storage.write_bytes(self.uri("plan.json"), plan.model_dump_json(indent=1).encode())
+        self._digests_assigned.clear()
+        self.__dict__.pop("_given_to_clusters", None)
         self.__dict__["plan_made"] = plan
         return plan
 
     def _read_plan(self) -> Plan | None:
-        uri = self.uri("plan.json")
-        if not storage.exists(uri):
-            return None
+        text = storage.read_if_there(self.uri("plan.json"))
         try:
-            return Plan.model_validate_json(storage.read_bytes(uri))
+            return None if text is None else Plan.model_validate_json(text)
         except ValidationError:
+            uri = self.uri("plan.json")
             raise ManifestError(f"{uri} is damaged or of another version; remove it, it is made again") from None
 
     def pin_sources(self) -> None:
@@ -157,16 +162,21 @@ class Run:
     def cluster_spec(self) -> StageSpec:
         """Identity of the clusterer."""
         config = self.config.cluster
-        inputs = {"corpus": self.plan_made.digest("train")}
-        if config.path is not None:
-            inputs["given"] = folder_digest(config.path, "a clusterer folder")
-        if (fixed := self.fixed_assignments) is not None:
-            inputs["assignments"] = fixed.digest(self.paths("train"))
-        if config.labels is not None:
-            inputs["labels"] = labels_digest(config.labels, self.paths("train"))
+        inputs = {"corpus": self.plan_made.digest("train"), **self._given_to_clusters}
         if config.needs_tokens:
             inputs["tokenizer"] = self.load(self.tokenizer_spec()).digest
         return StageSpec("cluster", self.uri("clusterer"), config.digest(), inputs)
+
+    @cached_property
+    def _given_to_clusters(self) -> dict[str, str]:
+        config, found = self.config.cluster, {}  # found once: it looks at a file for each corpus file
+        if config.path is not None:
+            found["given"] = folder_digest(config.path, "a clusterer folder")
+        if (fixed := self.fixed_assignments) is not None:
+            found["assignments"] = fixed.digest(self.paths("train"))
+        if config.labels is not None:
+            found["labels"] = labels_digest(config.labels, self.paths("train"))
+        return found
 
     @property
     def clusterer_digest(self) -> str:
@@ -292,6 +302,8 @@ class Run:
         """Identity of the result."""
         config = self.config
         inputs: dict[str, str] = {}
+        for spec_of in (self.train_spec, self.score_spec):
+            self._manifests.read_ahead(map(spec_of, [Member("seed"), *config.members]))
         for member in self.scored_members:
             inputs[f"scores/{member.name}"] = self.load(self.score_spec(member)).digest
             if config.tasks:
@@ -320,7 +332,10 @@ class Run:
         return labels if labels is not None and has_labels(labels, self.paths("validation")) else None
 
     def _assigned(self, part: Part) -> dict[str, str]:
-        return {group.name: self.load(self.assign_spec(group.name)).digest for group in self.plan_made.part(part)}
+        if part not in self._digests_assigned:
+            specs = {group.name: self.assign_spec(group.name) for group in self.plan_made.part(part)}
+            self._digests_assigned[part] = self._manifests.digests(specs)
+        return self._digests_assigned[part]
 
     def share(self, member: Member) -> int:
         """Sequences of one member in one step."""
@@ -361,22 +376,8 @@ class Run:
     # --- reading what stages made ---
 
     def load(self, spec: StageSpec) -> Manifest:
-        """Manifest of an output that is to be there.
-
-        Raises:
-            ManifestError: If it is not there, or belongs to another configuration or other inputs.
-        """
-        found = self._cache.get(spec.manifest_uri) or manifests.load(spec.manifest_uri)
-        if found.config_digest != spec.config_digest or found.inputs != dict(spec.inputs):
-            raise ManifestError(
-                f"{spec.manifest_uri} belongs to another configuration or other inputs; run stage {spec.stage} again"
-            )
-        self._cache[spec.manifest_uri] = found
-        return found
-
-    @cached_property
-    def _cache(self) -> dict[str, Manifest]:
-        return {}
+        """Manifest of an output that is to be there, as `ManifestCache.load` gives it."""
+        return self._manifests.load(spec)
 
     def fetch(self, spec: StageSpec, scratch: Path) -> Path:
         """Bring a stage's whole output to this machine, checked."""
@@ -394,6 +395,7 @@ class Run:
 
         They are in the order of the corpus, whatever the clusterer.
         """
+        self._assigned("validation")  # reads all manifests at once
         shards, clusters = [], []
         for group in self.plan_made.part("validation"):
             shard, own = self.held_out_tokens(group.name, scratch)
@@ -417,15 +419,19 @@ class Run:
         return TokenDocuments(shards), clusters
 
     def _train_shards(self, partition: str, clusters: Sequence[int], scratch: Path) -> Shards:
+        self._assigned("train")  # reads all manifests at once
+        groups = self.plan_made.part("train")
+        made = {group.name: self.load(self.assign_spec(group.name)) for group in groups}
+        wanted: dict[str, list[str]] = {name: [] for name in made}
+        there = {name: set(found.paths()) for name, found in made.items()}
         shards = []
-        for cluster in clusters:
-            for group in self.plan_made.part("train"):
-                spec = self.assign_spec(group.name)
-                found = self.load(spec)
-                folder, stem = token_shard(partition, group.split, cluster, group.name)
-                local = manifests.fetch(spec.root, found, found.paths(f"{folder}/{stem}."), scratch / "tokens")
-                shards.append((local / folder, stem))
-        return tuple(shards)
+        for cluster, group in itertools.product(clusters, groups):
+            folder, stem = token_shard(partition, group.split, cluster, group.name)
+            names = {f"{folder}/{stem}{suffix}" for suffix in SHARD_SUFFIXES}
+            wanted[group.name] += sorted(names & there[group.name])
+            shards.append((folder, stem))
+        local = manifests.fetch_all(self.config.root, [(made[n], wanted[n]) for n in made], scratch / "tokens")
+        return tuple((local / folder, stem) for folder, stem in shards)
 
     @property
     def fixed_assignments(self) -> FixedAssignments | None:

@@ -87,6 +87,16 @@ def read(uri: str) -> bytes:
     return _ride_out(uri, lambda s3: bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read()))
 
 
+def read_if_there(uri: str) -> bytes | None:
+    """Bytes of a small object, None if it is not there; a bucket that is not there is an error."""
+    try:
+        return read(uri)
+    except StorageError as error:
+        if error.__cause__ is None or code_of(error.__cause__) != "NoSuchKey":
+            raise
+        return None
+
+
 def write(uri: str, data: bytes) -> None:
     """Put a small object."""
     bucket, key = _split(uri)

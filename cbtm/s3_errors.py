@@ -27,7 +27,7 @@ def unwrapped(error: Exception) -> Exception:
     return wrapped if isinstance(wrapped, Exception) else error
 
 
-def code_of(error: Exception) -> str:
+def code_of(error: BaseException) -> str:
     """S3's name of the error, "" where the store has not answered."""
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""

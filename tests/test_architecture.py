@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
     {
-        *("errors", "config", "storage", "s3", "s3_errors", "outage", "manifest", "corpus", "parquet"),
-        *("kubernetes", "plan", "tokens", "progress", "process", "tracking"),
+        *("errors", "config", "storage", "s3", "s3_errors", "outage", "manifest", "manifest_cache", "corpus"),
+        *("parquet", "kubernetes", "plan", "tokens", "progress", "process", "tracking"),
     },
     {"cluster"},
     {"branch"},

@@ -97,6 +97,24 @@ def test_sizes_are_bytes_or_none(root: str):
     assert storage.sizes(root, []) == {}
 
 
+def test_several_small_files_are_read_at_once_and_none_stands_for_one_that_is_not_there(root: str):
+    storage.write_bytes(storage.join(root, "a/1"), b"one")
+    storage.write_bytes(storage.join(root, "2"), b"")
+    assert storage.read_each(root, ["2", "missing", "a/1", "a"]) == {
+        "2": b"",
+        "missing": None,
+        "a/1": b"one",
+        "a": None,
+    }
+    assert storage.read_if_there(storage.join(root, "a/1")) == b"one"
+    assert storage.read_if_there(storage.join(root, "a/2")) is None
+
+
+def test_a_bucket_that_is_not_there_is_no_file_that_is_not_there(s3_server, bucket: str):
+    with pytest.raises(StorageError, match="the bucket is not there"):
+        storage.read_if_there(f"{bucket}-of-nobody/file")
+
+
 def test_delete_removes_what_is_named_and_nothing_else(root: str):
     for path in ("a", "b/c", "b/d"):
         storage.write_bytes(storage.join(root, path), b"x")

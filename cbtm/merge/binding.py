@@ -30,10 +30,10 @@ def read_expert(root: str) -> dict[str, Any]:
         StorageError: If it cannot be read.
     """
     uri = storage.join(root, EXPERT_FILE)
-    if not storage.exists(uri):
+    if (text := storage.read_if_there(uri)) is None:
         raise ManifestError(f"{uri} is not there: {root} is no trained expert, or its training has not finished")
     try:
-        found = json.loads(storage.read_bytes(uri))
+        found = json.loads(text)
     except ValueError:
         raise ManifestError(f"{uri} is damaged; train that expert again") from None
     if not isinstance(found, dict) or found.get("format") != _FORMAT:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import cbtm
 from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import DOMAINS_FILE
+from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer
 from cbtm.cluster.domains import DOMAINS_FORMAT, balance
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
@@ -29,7 +29,7 @@ from cbtm.plan import Part
 from cbtm.progress import progress
 from cbtm.run import DOCUMENTS_FILE, REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
 from cbtm.stages.few_shot import evaluate_tasks
-from cbtm.stages.held_out import distances, held_out, open_router_parts, validation_set
+from cbtm.stages.held_out import distances, held_out, validation_set
 from cbtm.stages.result_tracking import track
 from cbtm.stages.tracked import finish_parent
 from cbtm.train.job import CURVE_FILE
@@ -47,7 +47,8 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     scratch = work.parent
     _check_bindings(run)
     clusterer_folder = run.fetch(run.cluster_spec(), scratch)
-    clusterer, tokenizer = open_router_parts(run, scratch)
+    clusterer = Clusterer.load(clusterer_folder)
+    tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
     held = held_out(run, scratch)
     validation = validation_set(run, held, tokenizer)
     scores = _scores(run, validation.offsets, scratch)
@@ -313,12 +314,13 @@ def _cost(run: Run) -> list[dict[str, Any]]:
 
 
 def _curves(run: Run) -> dict[str, list[dict[str, float]]]:
-    curves = {}
-    for member in (Member("seed"), *run.config.members):
-        uri = storage.join(run.member_root(member), CURVE_FILE)
-        if storage.exists(uri):  # a seed model that was given has no curve
-            curves[member.name] = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-    return curves
+    root = f"{run.config.root}/"
+    members = (Member("seed"), *run.config.members)
+    paths = [storage.join(run.member_root(member), CURVE_FILE).removeprefix(root) for member in members]
+    texts = storage.read_each(run.config.root, paths).values()
+    # A seed model that was given has no curve.
+    found = {member.name: text for member, text in zip(members, texts, strict=True) if text is not None}
+    return {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
 
 
 def _scoring(run: Run) -> dict[str, Any]:
