@@ -6,7 +6,7 @@ PORT   ?= 5000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-containers images lint types compile compile-check check ui clean help
+.PHONY: demo test test-containers images bench lint types compile compile-check check ui clean help
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -21,6 +21,9 @@ images: $(READY) ## Build the images with the engine of this machine (BASE=anoth
 
 test-containers: $(READY) ## Run the pipeline in its images, against Ceph and an MLflow server
 	tests/containers/run
+
+bench: $(READY) ## Run all benchmarks, at most half an hour (CORPUS=another text, FRESH=1 to begin anew)
+	$(BIN)/python benchmarks/run_all.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(FRESH),--fresh)
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

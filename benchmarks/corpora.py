@@ -1,8 +1,10 @@
 """What the benchmarks share: the text they run on, and one measurement in a process of its own.
 
-Every contender runs in a fresh process, so that the memory of one does not count for the next. It first prepares
-(imports, data), then works; only the work is measured. Peak memory is the highest resident size during the work above
-the size before it, from /proc: ru_maxrss would not do, because a child begins with the peak of its parent.
+Every contender runs in a fresh process, so that the memory of one does not count for the next. It is the fork of a
+server that has imported the script and done nothing else, since importing torch anew takes longer than most of what is
+measured. It first prepares (data, a rehearsal), then works; only the work is measured. Peak memory is the highest
+resident size during the work above the size before it, from /proc: ru_maxrss would not do, because a child begins with
+the peak of its parent.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -134,12 +136,21 @@ def limit_threads(threads: int) -> str:
 
 def hardware(*packages: str) -> str:
     """Processor, Python and the versions of `packages`, in one line."""
+    versions = ", ".join(f"{name} {version_of(name) or 'is not installed'}" for name in packages)
+    return f"{processor_name()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
+
+
+def processor_name() -> str:
     model = ""
     with suppress(OSError):
         model = next((s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")), "")
-    processor = model.partition(":")[2].strip() or platform.processor() or platform.machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{processor}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}"
+    return model.partition(":")[2].strip() or platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ class Measurement:
 
 def measure(prepare: Callable[..., Callable[[], Any]], *args: Any, limit_s: float) -> Measurement:
     """Call `prepare(*args)` in a fresh process and measure the work that it returns."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, prepare, args))
     process.start()
