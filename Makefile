@@ -6,7 +6,7 @@ PORT   ?= 5000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-containers images bench lint types compile compile-check check ui clean help
+.PHONY: demo test test-containers images bench lint types compile compile-check check release-check ui clean help
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -39,6 +39,9 @@ compile-check: $(READY) ## Check that the committed pipelines are what they comp
 	$(BIN)/python -m pipelines.compile --check
 
 check: lint types compile-check test ## Everything that must be green
+
+release-check: $(READY) ## Check wheel, version, changelog and images (RELEASE=1 on the commit to be tagged)
+	$(BIN)/python .ci/release_check.py $(if $(RELEASE),--release)
 
 ui: $(READY)    ## Open the comparison of the demo's models in MLflow (PORT=5000)
 	$(BIN)/cbtm ui --root $(RUN) --port $(PORT)
