@@ -3,8 +3,8 @@
     python benchmarks/packing.py [--documents 1000000] [--room 1024] [--repeats 3]
 
 Sizes are drawn with a seed: spread evenly up to the block's, or log-normal as lengths of documents are, cut at the
-block's. "In order" fills a block until the next document does not fit. "Piece by piece" is best-fit decreasing too, with
-a sorted list of rooms and a bisection for each piece: it packs as well, one at a time. What a packing is worth is
+block's. "In order" fills a block until the next document does not fit. "Piece by piece" is best-fit decreasing too,
+with a sorted list of rooms and a bisection for each piece: it packs as well, one at a time. What a packing is worth is
 measured the same way for all: the part of the blocks that is padding. No block may hold too much.
 """
 
