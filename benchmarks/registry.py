@@ -199,7 +199,7 @@ ENTRIES = (
         "A mixture that runs the nearest experts alone writes faster than one that runs all, with equal probabilities.",
         (_BENCHMARKS, "docs/decisions/0022-a-cache-for-each-expert-that-catches-up.md"),
         (*_TEXT, "--prompt", "64", "--new", "32", "--written", "2", "--vocabulary", "4096", "--repeats", "2"),
-        150,
+        240,
         packages=("torch", "transformers"),
         peers=("transformers",),
     ),
