@@ -2,33 +2,22 @@
 
 import importlib.util
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import typer
+from shell_blocks import FENCE, NAMES, PROJECT, fenced, shell_blocks
 from typer.testing import CliRunner
 
 from cbtm.cli import app
 from cbtm.run_config import parse_config
 
-PROJECT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    page
-    for page in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "docs").rglob("*.md"))
-    if page.is_file()
-)
-NAMES = [page.relative_to(PROJECT).as_posix() for page in PAGES]
-
-_FENCE = re.compile(r"^ {0,3}```(\w*)\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-_SHELL = {"", "bash", "sh", "shell", "console"}
 
 
 def prose(page: Path) -> str:
-    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
@@ -37,23 +26,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def shell_lines(page: Path) -> Iterator[str]:
-    """Lines of the page's shell blocks, continued ones joined, without prompt and comment."""
-    for language, block in _FENCE.findall(page.read_text(encoding="utf-8")):
-        if language in _SHELL:
-            for line in block.replace("\\\n", " ").splitlines():
-                yield line.strip().removeprefix("$ ")
-
-
 def commands(program: str) -> list[tuple[str, list[str]]]:
-    """Page and arguments of each call of a program, environment variables before it left out."""
-    found = []
-    for name, page in zip(NAMES, PAGES, strict=True):
-        for line in shell_lines(page):
-            match = re.match(rf"(?:[A-Z_]+=\S* )*(?:\.venv/bin/)?{program} (.*)", line)
-            if match:
-                found.append((name, shlex.split(match[1], comments=True)))
-    return found
+    """Page and arguments of each call of a program."""
+    lines = (line for block in shell_blocks() for line in block.lines if f"{program} " in line.text)
+    return [(line.page, line.words[1:]) for line in lines if line.words[0] == program]
 
 
 def generator() -> ModuleType:
@@ -142,7 +118,7 @@ def test_every_make_target_exists(name, arguments):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_whole_configuration_shown_is_valid(name):
-    for language, block in _FENCE.findall((PROJECT / name).read_text(encoding="utf-8")):
+    for _, language, block in fenced(name):
         if language == "yaml" and "root:" in block and "seed_model:" in block:
             parse_config(block)
 
