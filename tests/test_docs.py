@@ -1,10 +1,9 @@
 """The documentation: what it links to, what it commands and what it lists must be there."""
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
+import generate_configuration
 import pytest
 import typer
 from shell_blocks import FENCE, NAMES, PROJECT, fenced, shell_blocks
@@ -32,21 +31,12 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
     return [(line.page, line.words[1:]) for line in lines if line.words[0] == program]
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_configuration", PROJECT / "docs/generate_configuration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_configuration_page_is_what_the_classes_say():
-    assert generator().main(["--check"]) == 0
+    assert generate_configuration.main(["--check"]) == 0
 
 
 def test_stale_configuration_page_is_noticed_and_written_anew(tmp_path, capsys):
-    page, generate = tmp_path / "configuration.md", generator()
+    page, generate = tmp_path / "configuration.md", generate_configuration
     assert generate.main(["--check"], page) == 1
     assert "is stale: run python docs/generate_configuration.py" in capsys.readouterr().err
     assert generate.main([], page) == 0
@@ -56,7 +46,7 @@ def test_stale_configuration_page_is_noticed_and_written_anew(tmp_path, capsys):
 
 
 def test_configuration_page_has_bounds_inherited_fields_and_nested_sections():
-    lines = generator().render().splitlines()
+    lines = generate_configuration.render().splitlines()
     assert "| `n_clusters` | integer, ≥ 1 | `8` | Number of domains, and of experts. |" in lines
     # learning_rate is documented by OptimizationConfig; TrainConfig gives it a default.
     assert "| `learning_rate` | number, > 0 | `0.0002` | Peak of the schedule. |" in lines

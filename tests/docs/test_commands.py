@@ -30,8 +30,8 @@ from typer.testing import CliRunner
 from cbtm import cli, local, stages
 from cbtm.corpora import download, sample
 from cbtm.kubeflow import following
-from cbtm.merge import report
 from cbtm.run import Run
+from cbtm.stages import result
 from cbtm.tracking import ui
 
 NOT_RUN = {
@@ -52,9 +52,8 @@ NOT_RUN = {
     "--from-literal=AWS_DEFAULT_REGION=eu-central-1": "needs a cluster",
     "kubectl -n kubeflow port-forward service/seaweedfs 8333 &": "needs a cluster",
     "kubectl -n kubeflow port-forward service/mlflow 5000 &": "needs a cluster",
-    "aws s3 sync corpora/texts s3://cbtm/corpora/texts": "the AWS command line is no part of cbtm; the test has that corpus in its bucket",
-    "docker compose -f deploy/compose.yaml up --detach --wait": "needs a container engine; tests/deploy has docker compose read the file and "
-    "starts the same servers",
+    "aws s3 sync corpora/texts s3://cbtm/corpora/texts": "needs the AWS command line; the test's bucket has it",
+    "docker compose -f deploy/compose.yaml up --detach --wait": "needs an engine; tests/deploy starts the same servers",
 }
 """Commands that are not run, and why."""
 
@@ -250,24 +249,27 @@ def run_of_my_own(reader: Reader) -> None:
         cbtm("run", "mine.yaml")
 
 
-def run_in_s3(reader: Reader) -> None:
-    """The run in s3://models/cbtm/mine, as the page's own command makes it; text and seed model in other buckets."""
-    buckets = {bucket["Name"] for bucket in reader.s3.list_buckets()["Buckets"]}
-    if {"bucket", "cbtm", "data", "models"} <= buckets:
+def buckets(reader: Reader) -> None:
+    """The buckets that pages name, with the text and the seed model of their configurations."""
+    if "cbtm" in {bucket["Name"] for bucket in reader.s3.list_buckets()["Buckets"]}:
         return
     for bucket in ("bucket", "cbtm", "data", "models"):
         reader.s3.create_bucket(Bucket=bucket)
     made.upload(reader.s3, reader.folder / "data/mine", "data", "mine")
     made.upload(reader.s3, reader.folder / "data/mine", "cbtm", "corpora/texts")
     made.upload(reader.s3, reader.folder / "models/seed", "cbtm", "models/seed")
+
+
+def run_in_s3(reader: Reader) -> None:
+    """The run in s3://models/cbtm/mine, as the page's own command makes it."""
+    buckets(reader)
     made.write_configurations(reader.folder, "docs/usage.md")
     cbtm("run", "mine.yaml", "--set", "root=s3://models/cbtm/mine", "--set", "corpus.root=s3://data/mine")
 
 
 def run_of_operations(reader: Reader) -> None:
-    """The run of docs/operations.md, with two clusters and without averages."""
-    run_in_s3(reader)
-    made.write_configurations(reader.folder, "docs/operations.md")
+    """The run of docs/operations.md, of two clusters."""
+    buckets(reader)
     cbtm("run", "run.yaml", "--set", "tracking.uri=sqlite:///runs/mlflow.db")
 
 
@@ -307,7 +309,7 @@ def runs_on_kubeflow(reader: Reader) -> None:
     server = reader.kubeflow
     if not server.runs:
         made.write_configurations(reader.folder, "docs/operations.md")
-        cbtm("submit", "run.yaml", "--host", server.host)
+        cbtm("submit", "run.yaml", "--host", server.host, "--set", "cluster.n_clusters=8")
         [first] = server.runs.values()
         server.runs |= dict.fromkeys((REPLACED["5f0c7d8e-…"], REPLACED["RUN"]), first)
     trained = [one for number in range(9) for one in pod_tasks(f"{item('experts', number)}.train-expert", "SUCCEEDED")]
@@ -324,8 +326,10 @@ def failed_run_on_kubeflow(reader: Reader) -> None:
 
 PREPARED: dict[str, Callable[[Reader], None]] = {
     **dict.fromkeys(("train mine", "evaluate mine", "average mine", "score mine", "assign mine"), run_of_my_own),
+    **dict.fromkeys(("run mine.yaml --set root=s3", "generate 'def read(path):' --root s3"), run_in_s3),
     **dict.fromkeys(("drift", "ui m", "tracking replay mine"), run_of_my_own),
     "ui run": run_of_operations,
+    "run run.yaml --set root=s3": buckets,
     "consolidate": checkpoint_of_a_training,
     "import-metaseq": once("checkpoints/opt-1.3b", made.write_metaseq),
     "import-clusterer": once("tfidf.pkl", made.write_pickles),
@@ -343,10 +347,8 @@ PREPARED: dict[str, Callable[[Reader], None]] = {
 def test_the_commands_of_a_block_run(block, workspace, kubeflow, bucket, s3_server, monkeypatch):
     stand_ins(monkeypatch, workspace)
     # Figures take a second each time; the demo's report, which the workspace begins with, has them.
-    monkeypatch.setattr(report, "render_report", lambda result, *_: f"<p>{result['run']['name']}</p>")
+    monkeypatch.setattr(result, "render_report", lambda made, _: f"<p>{made['run']['name']}</p>")
     reader = Reader(workspace, kubeflow, s3_server[1], monkeypatch)
-    if any("s3://models" in line.text or "s3://cbtm" in line.text for line in block.lines):
-        run_in_s3(reader)
     made.write_configurations(workspace, block.page)
     for line in block.lines:
         reader.follow(line)
