@@ -197,6 +197,8 @@ class Reader:
             # k of a page goes before ours; a root of its own is a second run, which two clusters are enough for.
             several = [] if "runs/demo" in words else ["--set", "cluster.n_clusters=2"]
             words = [*words[:1], *made.overrides(made.DEMO), *several, *words[1:]]
+        if words[0] == "generate" and "--max-new-tokens" not in words:
+            words += ["--max-new-tokens", "8"]
         if words[0] == "ui":
             self._ui(words)
         else:
