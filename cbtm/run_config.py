@@ -56,10 +56,13 @@ class RunConfig(Config):
         evaluate: Which ensembles are compared.
         tasks: Few-shot classification tasks that every model and ensemble answers.
         tracking: The MLflow tracking server.
+        shared: Root of a run whose tokenizer, seed model and held-out tokens are taken, with what the seed gives those;
+            for runs that differ in the rest, and are compared.
     """
 
     name: str = Field(default="cbtm", min_length=1)
     root: str
+    shared: str | None = None
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -108,6 +111,25 @@ class RunConfig(Config):
         self._check_evaluation()
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
+
+    def check_shared(self, other: "RunConfig") -> None:
+        """Refuse a run to share with that has other text, or makes something else of it.
+
+        Raises:
+            ConfigError: If it has.
+        """
+        if other.shared is not None:
+            raise ConfigError(f"shared={self.shared} itself takes from {other.shared}; name that one")
+        for name in ("corpus", "tokenizer", "seed_model", "score", "tasks"):
+            if getattr(self, name) != getattr(other, name):
+                raise ConfigError(f"shared={self.shared} has another section {name}; use the same, or leave shared out")
+        for section, field in (("train", "context_length"), ("assign", "max_groups")):
+            mine, others = (getattr(getattr(config, section), field) for config in (self, other))
+            if mine != others:
+                raise ConfigError(
+                    f"shared={self.shared} has {section}.{field}={others}, this run {mine}; use the same, or leave "
+                    "shared out"
+                )
 
     def _check_devices(self, section: str, sequences: int, training: OptimizationConfig) -> None:
         devices, nodes = training.devices, training.nodes

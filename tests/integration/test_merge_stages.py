@@ -1,5 +1,7 @@
 """Everything that a run makes of its experts: ensembles, averages, few-shot answers; against slow ways to the same."""
 
+import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,6 +18,7 @@ from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, ManifestError
+from cbtm.merge.validation_set import selection_documents
 from cbtm.run import Run
 from cbtm.run_config import parse_config
 from cbtm.train.member import Member
@@ -121,7 +124,7 @@ def test_weighted_average_takes_the_mean_routing_weights_of_the_documents_that_c
     tokenizer = TextTokenizer.load(made.fetch(made.tokenizer_spec(), tmp_path))
     documents, _ = held_out_documents(made, tmp_path)
     energies = []
-    for document in documents[::2]:
+    for document in itertools.compress(documents, selection_documents(len(documents))):
         starts = tokenizer.encode_with_starts(document.text)[1][1:].tolist()
         energies.append(prefix_distances(made, tmp_path, document.text, starts) ** 2)
     weights = np.exp(-np.concatenate(energies) / 0.1)  # the defaults: temperature 0.1, the paper's exponent
@@ -194,7 +197,8 @@ def test_reference_preset_is_the_reference_arithmetic(values, tmp_path):
     tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), tmp_path))
     documents, tokens = held_out_documents(run, tmp_path)
     total, count = 0.0, 0
-    for document, whole in list(zip(documents, tokens, strict=True))[1::2]:  # the reported half
+    reported = ~selection_documents(len(documents))
+    for document, whole in itertools.compress(zip(documents, tokens, strict=True), reported):
         ids = whole[1:]  # no separator
         starts = tokenizer.encode_with_starts(document.text)[1][1:]
         experts = np.stack([log_probs(made_root, ids) for made_root in map(run.member_root, run.experts)])  # (2, n)
@@ -310,3 +314,28 @@ def test_a_task_without_files_is_refused_before_any_work(values, tmp_path):
     broken = values | {"root": str(tmp_path / "new"), "tasks": [TASK | {"path": str(tmp_path / "nothing")}]}
     with pytest.raises(ConfigError, match=r"task kinds: .*train.jsonl is not there"):
         stages.plan(Run(parse_config(json.dumps(broken))))
+
+
+# --- documents ---
+
+
+def test_figures_of_the_result_are_those_of_its_documents(made, result):
+    with open(made.uri("documents.csv"), newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sp_id"] for row in rows] == [document.sp_id for document in made.documents("validation")]
+    reported = [row for row in rows if row["half"] == "reported"]
+    tokens = sum(int(row["tokens"]) for row in reported)
+    assert (len(reported), tokens) == (result["n_documents"], result["n_tokens"])
+    assert sum(int(row["bytes"]) for row in reported) == result["n_bytes"]
+
+    def perplexity(name: str) -> float:
+        return math.exp(sum(float(row[name]) for row in reported) / tokens)
+
+    for name in ("seed", "dense", "random"):
+        assert perplexity(name) == pytest.approx(result[name]["perplexity"])
+    for row in result["averages"]:
+        assert perplexity(f"average-{row['name']}") == pytest.approx(row["perplexity"])
+    chosen = [row for row in result["ensemble"] if row["selected"]]
+    assert len(chosen) == sum("-top-" in name for name in rows[0])
+    for row in chosen:
+        assert perplexity(f"{row['ensemble']}-top-{row['top_k']}") == pytest.approx(row["perplexity"])
