@@ -6,7 +6,7 @@ this process (tests/integration/test_pipeline.py has the pipeline itself), and t
 by one command only. The tables below have what is not run, with its reason, and what is run with another value; an
 entry that is no longer in the pages is an error.
 
-A page whose commands another test runs says so in a comment: `<!-- commands: tests/… -->`.
+A page whose commands another test runs says so: "`tests/….py` runs the same commands".
 """
 
 import functools
@@ -88,7 +88,7 @@ BLOCKS = shell_blocks()
 
 def elsewhere(page: str) -> str | None:
     """The test that runs the commands of a page, where it is not this one."""
-    found = re.search(r"<!-- commands: (\S+) -->", (PROJECT / page).read_text(encoding="utf-8"))
+    found = re.search(r"`(tests/\S+\.py)`\s+runs\s+the\s+same\s+commands", (PROJECT / page).read_text(encoding="utf-8"))
     return found[1] if found else None
 
 
@@ -375,4 +375,4 @@ def test_a_page_that_names_the_test_of_its_commands_is_named_there():
         test = elsewhere(page)
         if test is not None:
             assert (PROJECT / test).is_file(), f"{page} names {test}, which is not there"
-            assert Path(page).name in (PROJECT / test).read_text(encoding="utf-8"), f"{test} does not name {page}"
+            assert Path(page).stem in (PROJECT / test).read_text(encoding="utf-8"), f"{test} does not name {page}"

@@ -32,8 +32,11 @@ DOCUMENTED = [
         "clusterer.json", "centers.safetensors", "embedder.safetensors", "embedder.json", "profile.json",
         "domains.json",
     )),
+    *((rf"tokens/held-out/.+/validation-\d{{5}}\.{name}", "`tokens/<partition>/<split>/cluster-NNNNN/`",
+       f"<group>.{name}") for name in ("tokens.npy", "offsets.npy", "documents.jsonl", "clusters.npy")),
+    (r"documents\.csv", "`documents.csv`", "A row"),
     (r"assignments/.+\.jsonl", "`assignments/<split>/<shard>/<name>.jsonl`", "sp_id"),
-    *((rf"tokens/(?:learned|random)/.+/cluster-\d{{5}}/(?:train|validation)-\d{{5}}\.{name}",
+    *((rf"tokens/(?:learned|random)/.+/cluster-\d{{5}}/train-\d{{5}}\.{name}",
        "`tokens/<partition>/<split>/cluster-NNNNN/`", f"<group>.{name}") for name in (
         "tokens.npy", "offsets.npy", "documents.jsonl", "prompts.npy",
     )),
@@ -63,6 +66,7 @@ DOCUMENTED = [
 ]  # fmt: skip
 """Pattern of a path below the root, heading of its section, and what stands there for it."""
 
+KINDS = ("clustering", "product_of_experts", "bayes", "posterior", "uniform", "prior", "oracle")
 BY_DATA = {"inputs", "seconds", "skipped", "tasks", "cached", "words", "values", "tags", "losses", "files", "curve"}
 """Objects whose keys are names of the run's own: stages, members, labels, metrics."""
 
@@ -235,3 +239,12 @@ def test_columns_of_the_settings_are_the_fields_of_an_ensemble(written):
     ends = [f"{name}_{end}" for name in row if name.endswith("interval") for end in ("low", "high")]
     assert set(columns) == {name for name in row if not name.endswith("interval")} | set(ends)
     assert all(f"`{name}`" in section("`settings.csv`") for name in ends)
+
+
+def test_columns_of_the_documents_are_on_the_page(written):
+    with (written[0] / "documents.csv").open() as file:
+        columns = next(csv.reader(file))
+    text = section("`documents.csv`")
+    fixed = [name for name in columns if not name.startswith(("average-", *KINDS))]
+    assert {"sp_id", "half", "dense"} <= set(fixed)
+    assert [name for name in fixed if f"`{name}`" not in text] == []
