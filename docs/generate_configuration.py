@@ -7,7 +7,6 @@ Names, types, bounds and defaults come from the pydantic fields; meanings from t
 docstring, those of its base classes included. A field without a meaning is an error.
 """
 
-import argparse
 import inspect
 import json
 import re
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from generated_page import cell, docstring_entries, summary, write_or_compare
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -79,7 +79,6 @@ _PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false"}
 _OR_NULL = ", or null"
 _PLURAL = {int: "integers", float: "numbers", str: "texts", dict[str, Any]: "mappings"}
 _BOUNDS = (("ge", "≥ {}"), ("gt", "> {}"), ("le", "≤ {}"), ("lt", "< {}"), ("min_length", "at least {} long"))
-_ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*)$")
 
 
 def render() -> str:
@@ -87,7 +86,8 @@ def render() -> str:
     parts = [_HEAD]
     for path, model in _sections("", RunConfig):
         parts.append(f"## `{path}`\n" if path else "## Top level\n")
-        parts.append(f"{_summary(model)} (`{model.__module__}.{model.__name__}`)\n")
+        about = summary(inspect.getdoc(model) or "")
+        parts.append(f"{about} (`{model.__module__}.{model.__name__}`)\n")
         parts.append("| key | type | default | meaning |\n|---|---|---|---|")
         parts.append("\n".join(_row(path, name, field, model) for name, field in model.model_fields.items()) + "\n")
     return "\n".join(parts)
@@ -116,7 +116,7 @@ def _row(path: str, name: str, field: FieldInfo, model: type[BaseModel]) -> str:
         default = "as listed there"
     else:
         default = f"`{json.dumps(_plain(field.default))}`"
-    meaning = _meanings(model)[name].replace("|", "\\|").replace("None", "null").replace("False", "false")
+    meaning = cell(_meanings(model)[name]).replace("None", "null").replace("False", "false")
     return f"| `{name}` | {kind} | {default} | {meaning} |"
 
 
@@ -155,48 +155,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _summary(model: type[BaseModel]) -> str:
-    return (inspect.getdoc(model) or "").split("\n\n")[0].replace("\n", " ")
-
-
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
     """Meaning of each field, from the class's docstring and those of its bases."""
     found: dict[str, str] = {}
     for each in reversed(model.__mro__):
         if issubclass(each, BaseModel):
-            found |= dict(_attributes(inspect.cleandoc(each.__doc__ or "")))
+            found |= dict(docstring_entries(inspect.cleandoc(each.__doc__ or ""), "Attributes"))
     missing = sorted(set(model.model_fields) - set(found))
     if missing:
         raise LookupError(f"{model.__name__} does not document {', '.join(missing)} under Attributes:")
     return found
 
 
-def _attributes(docstring: str) -> Iterator[tuple[str, str]]:
-    _, _, rest = docstring.partition("Attributes:\n")
-    name, words = "", ""
-    for line in rest.split("\n\n")[0].splitlines():
-        start = _ATTRIBUTE.match(line)
-        if start is None:
-            words += " " + line.strip()
-            continue
-        if name:
-            yield name, words
-        name, words = start[1], start[2]
-    if name:
-        yield name, words
-
-
 def main(arguments: Sequence[str] | None = None, target: Path = TARGET) -> int:
     """Write, or compare; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    text = render()
-    if not parser.parse_args(arguments).check:
-        target.write_text(text, encoding="utf-8")
-    elif not target.is_file() or target.read_text(encoding="utf-8") != text:
-        sys.stderr.write(f"{target} is stale: run python docs/generate_configuration.py and commit it\n")
-        return 1
-    return 0
+    return write_or_compare("generate_configuration.py", __doc__, render, target, arguments)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,22 @@
 """The documentation: what it links to, what it commands and what it lists must be there."""
 
-import importlib.util
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import generate_configuration
 import pytest
 import typer
+from shell_blocks import FENCE, NAMES, PROJECT, fenced, shell_blocks
 from typer.testing import CliRunner
 
 from cbtm.cli import app
 from cbtm.run_config import parse_config
 
-PROJECT = Path(__file__).resolve().parents[1]
-PAGES = sorted(
-    page
-    for page in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "docs").rglob("*.md"))
-    if page.is_file()
-)
-NAMES = [page.relative_to(PROJECT).as_posix() for page in PAGES]
-
-_FENCE = re.compile(r"^ {0,3}```(\w*)\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
-_SHELL = {"", "bash", "sh", "shell", "console"}
 
 
 def prose(page: Path) -> str:
-    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
@@ -37,40 +25,18 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def shell_lines(page: Path) -> Iterator[str]:
-    """Lines of the page's shell blocks, continued ones joined, without prompt and comment."""
-    for language, block in _FENCE.findall(page.read_text(encoding="utf-8")):
-        if language in _SHELL:
-            for line in block.replace("\\\n", " ").splitlines():
-                yield line.strip().removeprefix("$ ")
-
-
 def commands(program: str) -> list[tuple[str, list[str]]]:
-    """Page and arguments of each call of a program, environment variables before it left out."""
-    found = []
-    for name, page in zip(NAMES, PAGES, strict=True):
-        for line in shell_lines(page):
-            match = re.match(rf"(?:[A-Z_]+=\S* )*(?:\.venv/bin/)?{program} (.*)", line)
-            if match:
-                found.append((name, shlex.split(match[1], comments=True)))
-    return found
-
-
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_configuration", PROJECT / "docs/generate_configuration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Page and arguments of each call of a program."""
+    lines = (line for block in shell_blocks() for line in block.lines if f"{program} " in line.text)
+    return [(line.page, line.words[1:]) for line in lines if line.words[0] == program]
 
 
 def test_configuration_page_is_what_the_classes_say():
-    assert generator().main(["--check"]) == 0
+    assert generate_configuration.main(["--check"]) == 0
 
 
 def test_stale_configuration_page_is_noticed_and_written_anew(tmp_path, capsys):
-    page, generate = tmp_path / "configuration.md", generator()
+    page, generate = tmp_path / "configuration.md", generate_configuration
     assert generate.main(["--check"], page) == 1
     assert "is stale: run python docs/generate_configuration.py" in capsys.readouterr().err
     assert generate.main([], page) == 0
@@ -80,7 +46,7 @@ def test_stale_configuration_page_is_noticed_and_written_anew(tmp_path, capsys):
 
 
 def test_configuration_page_has_bounds_inherited_fields_and_nested_sections():
-    lines = generator().render().splitlines()
+    lines = generate_configuration.render().splitlines()
     assert "| `n_clusters` | integer, ≥ 1 | `8` | Number of domains, and of experts. |" in lines
     # learning_rate is documented by OptimizationConfig; TrainConfig gives it a default.
     assert "| `learning_rate` | number, > 0 | `0.0002` | Peak of the schedule. |" in lines
@@ -142,7 +108,7 @@ def test_every_make_target_exists(name, arguments):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_whole_configuration_shown_is_valid(name):
-    for language, block in _FENCE.findall((PROJECT / name).read_text(encoding="utf-8")):
+    for _, language, block in fenced(name):
         if language == "yaml" and "root:" in block and "seed_model:" in block:
             parse_config(block)
 

@@ -22,36 +22,25 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from sklearn.cluster import KMeans as PlainKMeans
+from published_files import (
+    STOP_WORDS,
+    KMeans,
+    fitted_kmeans,
+    fitted_pipeline,
+    publish_from,
+    write_published,
+)
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
-from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer
 
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.published import import_clusterer
 from cbtm.errors import ConfigError, DataError
 
-STOP_WORDS = [*ENGLISH_STOP_WORDS, "#NUMBER"]
 PROTOCOLS = [2, 3, 4, 5]
 # scikit-learn warns of the reference's own stop word, and of odd settings that are tried here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
 SCRIPTS = ["__main__", "metaseq.scripts.train_clusterer"]
-
-
-class NumberNormalizingVectorizer(TfidfVectorizer):
-    """What the reference does to numbers: each becomes #NUMBER, which is a stop word."""
-
-    def build_tokenizer(self):
-        tokens_of = super().build_tokenizer()
-        return lambda text: ["#NUMBER" if token[0].isdigit() else token for token in tokens_of(text)]
-
-
-class KMeans:
-    """The attributes of the reference's k-means, and nothing else."""
-
-    def __init__(self, **attributes):
-        self.__dict__.update(attributes)
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +48,7 @@ def published_from(monkeypatch):
     """Give the classes of this file the modules that they have in the reference; call it to change the script."""
 
     def place(script="__main__"):
-        for module, kind in ((script, NumberNormalizingVectorizer), ("kmeans_pytorch", KMeans)):
-            for package in itertools.accumulate(module.split("."), "{}.{}".format):
-                if package not in sys.modules:
-                    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-            monkeypatch.setattr(sys.modules[module], kind.__name__, kind, raising=False)
-            monkeypatch.setattr(kind, "__module__", module)
+        publish_from(monkeypatch, script)
 
     place()
     return place
@@ -89,20 +73,6 @@ def texts():
     return list(dict.fromkeys(found))[:120] + odd
 
 
-def fitted_pipeline(texts, *, svd=None, normalizer=None, **vectorizer):
-    settings = {"stop_words": STOP_WORDS} | vectorizer
-    steps = NumberNormalizingVectorizer(**settings), svd or TruncatedSVD(12, random_state=0), normalizer or Normalizer()
-    return Pipeline(list(zip(("tfidf", "svd", "normalizer"), steps, strict=True))).fit(texts)
-
-
-def fitted_kmeans(vectors, k=6, **attributes):
-    centers = PlainKMeans(k, n_init=1, random_state=0).fit(vectors).cluster_centers_
-    tensor = torch.from_numpy(centers).float()
-    return KMeans(
-        **{"n_clusters": k, "cluster_centers": tensor, "device": torch.device("cpu"), "balanced": True} | attributes
-    )
-
-
 @pytest.fixture(scope="module")
 def original(texts):
     pipeline = fitted_pipeline(texts)
@@ -110,12 +80,8 @@ def original(texts):
 
 
 def written(folder, pipeline, kmeans, protocol=4):
-    """Both files in `folder`; bytes are written as they are."""
-    folder.mkdir(exist_ok=True)
-    paths = folder / "tfidf.pkl", folder / "kmeans.pkl"
-    for path, value in zip(paths, (pipeline, kmeans), strict=True):
-        path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value, protocol))
-    return *paths, folder / "clusterer"
+    """Both files in `folder`, and where the clusterer is to be."""
+    return *write_published(folder, pipeline, kmeans, protocol), folder / "clusterer"
 
 
 def refused(folder, pipeline, kmeans):
