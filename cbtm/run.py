@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from cbtm import manifest as manifests
 from cbtm import storage
-from cbtm.branch.source import folder_digest, is_hub_name, pinned, source_digest
+from cbtm.branch.source import folder_digest, source_digest
 from cbtm.cluster.assigner import LEARNED, RANDOM, token_shard
 from cbtm.cluster.clusterer import DECIDING_FILES
 from cbtm.cluster.fixed import FixedAssignments
@@ -25,40 +24,25 @@ from cbtm.corpus import Document, ReadCounts, read_files
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec
 from cbtm.merge.tasks import task_digest
-from cbtm.plan import Part, Plan, make_plan
-from cbtm.run_config import RunConfig, parse_config
+from cbtm.plan import Part
+from cbtm.planned import PlannedRun
 from cbtm.tokens import TokenDocuments
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import Shards
 from cbtm.train.member import Member
 
 RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
-SOURCES_FILE = "sources.json"
 
 
-class Run:
-    """Files of one run and their identities.
-
-    Args:
-        config: A checked configuration.
-    """
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-
-    @classmethod
-    def parse(cls, text: str) -> "Run":
-        """Run of a configuration given as YAML or JSON text."""
-        return cls(parse_config(text))
+class Run(PlannedRun):
+    """Files of one run and their identities."""
 
     # --- where things lie ---
 
-    def uri(self, *parts: str) -> str:
-        """URI below the run's root."""
-        return storage.join(self.config.root, *parts)
-
     def member_root(self, member: Member) -> str:
         """Folder of a model."""
+        if self.base is not None and self.taken_over(member):
+            return self.base.member_root(member)
         if member.kind == "seed":
             return self.uri("seed")
         return self.uri("averages" if member.kind == "average" else "experts", member.name)
@@ -73,60 +57,12 @@ class Run:
         settings = self.config.model_dump(mode="json", exclude={"tracking", "name"})
         return digest_of([settings, self.plan_made.digest("train"), self.plan_made.digest("validation")])
 
-    # --- plan ---
-
-    @cached_property
-    def plan_made(self) -> Plan:
-        """The plan, as `plan` wrote it.
-
-        Raises:
-            ManifestError: If the run has not been planned.
-        """
-        plan = self._read_plan()
-        if plan is None:
-            raise ManifestError(f"{self.uri('plan.json')} is not there: run cbtm plan, or the whole run, first")
-        return plan
-
-    def make_plan(self) -> Plan:
-        """List the corpus and write plan.json, if it changed."""
-        previous = self._read_plan()
-        plan = make_plan(self.config.corpus, max_groups=self.config.assign.max_groups, previous=previous)
-        if plan != previous:
-            storage.write_bytes(self.uri("plan.json"), plan.model_dump_json(indent=1).encode())
-        self.__dict__["plan_made"] = plan
-        return plan
-
-    def _read_plan(self) -> Plan | None:
-        uri = self.uri("plan.json")
-        if not storage.exists(uri):
-            return None
-        try:
-            return Plan.model_validate_json(storage.read_bytes(uri))
-        except ValidationError:
-            raise ManifestError(f"{uri} is damaged or of another version; remove it, it is made again") from None
-
-    def pin_sources(self) -> None:
-        """Write down which commits the hub names of this run stand for, so that all of its stages take the same."""
-        paths = (self.config.seed_model.path, self.config.tokenizer.path)
-        found = {path: pinned(path) for path in paths if path is not None and is_hub_name(path)}
-        if found:
-            storage.write_bytes(self.uri(SOURCES_FILE), json.dumps(found, indent=1).encode())
-        self.__dict__["_pinned"] = found
-
-    @cached_property
-    def _pinned(self) -> dict[str, str]:
-        uri = self.uri(SOURCES_FILE)
-        found: dict[str, str] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
-        return found
-
-    def given(self, path: str) -> str:
-        """Path of a given model or tokenizer; a hub name with the commit that it stood for when the run was planned."""
-        return self._pinned.get(path, path) if is_hub_name(path) else path
-
     # --- identity of every output ---
 
     def tokenizer_spec(self) -> StageSpec:
         """Identity of the tokenizer."""
+        if self.base is not None:
+            return self.base.tokenizer_spec()
         config, seed = self.config.tokenizer, self.config.seed_model
         given = config.path or seed.path
         # A given tokenizer is known by its files, a trained one by its text.
@@ -137,6 +73,8 @@ class Run:
         """Identity of the clusterer."""
         config = self.config.cluster
         inputs = {"corpus": self.plan_made.digest("train")}
+        if self.base is not None:
+            inputs["extends"] = self.base.load(self.base.cluster_spec()).digest
         if config.path is not None:
             inputs["given"] = folder_digest(config.path, "a clusterer folder")
         if (fixed := self.fixed_assignments) is not None:
@@ -155,7 +93,9 @@ class Run:
         """
         made = self.load(self.cluster_spec())
         deciding = [[file.path, file.sha256] for file in made.files if file.path in DECIDING_FILES]
-        return digest_of([deciding, made.inputs.get("assignments")])
+        # Given assignments and an extension say themselves where the training documents go.
+        decides = made.inputs.get("assignments") if self.base is None else self.base.clusterer_digest
+        return digest_of([deciding, decides])
 
     def assign_spec(self, group: str) -> StageSpec:
         """Identity of one shard group's assignment and token shards."""
@@ -169,6 +109,8 @@ class Run:
 
     def train_spec(self, member: Member) -> StageSpec:
         """Identity of one member."""
+        if self.base is not None and self.taken_over(member):
+            return self.base.train_spec(member)
         seed = self.config.seed_model
         if member.kind == "seed":
             if seed.path is not None:
@@ -382,13 +324,10 @@ class Run:
 
     def documents(self, part: Part, counts: ReadCounts | None = None) -> Iterator[Document]:
         """Stream the text of one part of the corpus."""
-        corpus = self.config.corpus
-        return read_files(
-            corpus.root,
-            self.paths(part),
-            max_bad_lines=corpus.max_bad_lines,
-            counts=counts if counts is not None else ReadCounts(),
-        )
+        counts = counts if counts is not None else ReadCounts()
+        for group in self.plan_made.part(part):
+            corpus = self.corpus_of(group)
+            yield from read_files(corpus.root, group.paths, max_bad_lines=corpus.max_bad_lines, counts=counts)
 
     def result(self) -> dict[str, Any]:
         """The content of result.json."""

@@ -23,7 +23,7 @@ LAYERS = [
     {"branch"},
     {"train"},
     {"merge"},
-    {"run", "run_config"},
+    {"run", "run_config", "planned"},
     {"stages"},
     {"kubeflow"},
     {"local", "cli", "cli_cluster", "cli_corpus"},
