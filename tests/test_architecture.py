@@ -26,7 +26,7 @@ LAYERS = [
     {"run", "run_config", "planned"},
     {"stages"},
     {"kubeflow"},
-    {"local", "cli", "cli_cluster", "cli_corpus"},
+    {"local", "cli", "cli_cluster", "cli_corpus", "cli_extend"},
 ]
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}

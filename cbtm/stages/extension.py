@@ -15,6 +15,9 @@ from cbtm.run_config import RunConfig
 from cbtm.stages.prepare import TrainDocuments
 from cbtm.train.member import Member
 
+# Where a fit begins from or is measured by, which is not done again.
+_OF_A_FIT = ("path", "assignments", "labels")
+
 
 def check_extension(run: Run, base: Run) -> None:
     """Refuse to add a domain to a run that is not what the configuration takes it for.
@@ -135,7 +138,3 @@ def extending(base: RunConfig, corpus: CorpusConfig, root: str, *, name: str | N
     values = {key: value for key, value in values.items() if value != {}}
     RunConfig.parse(values, source="the extending configuration").check()
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-# Settings of the fit, which is not done again.
-_OF_A_FIT = ("path", "assignments", "labels")
