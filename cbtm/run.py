@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cbtm import manifest as manifests
 from cbtm import storage
 from cbtm.branch.source import folder_digest, source_digest
-from cbtm.cluster.assigner import LEARNED, RANDOM, token_shard
+from cbtm.cluster.assigner import CLUSTERS, HELD_OUT_FORMAT, LEARNED, RANDOM, held_out_shard, token_shard
 from cbtm.cluster.clusterer import DECIDING_FILES
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.cluster.labels import has_labels, labels_digest
@@ -26,9 +26,10 @@ from cbtm.manifest import Manifest, StageSpec
 from cbtm.merge.tasks import task_digest
 from cbtm.plan import Part
 from cbtm.planned import PlannedRun
+from cbtm.run_config import recorded_config
 from cbtm.tokens import TokenDocuments
 from cbtm.train.config import OptimizationConfig
-from cbtm.train.job import Shards
+from cbtm.train.job import Shard, Shards
 from cbtm.train.member import Member
 
 RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
@@ -44,12 +45,30 @@ class Run(PlannedRun):
         if self.base is not None and self.taken_over(member):
             return self.base.member_root(member)
         if member.kind == "seed":
-            return self.uri("seed")
+            return self.owner(member).uri("seed")
         return self.uri("averages" if member.kind == "average" else "experts", member.name)
 
     def exchange_root(self, member: Member) -> str:
         """What the machines that train a model together and its stage tell each other, while it is trained."""
         return self.uri("nodes", member.name)
+
+    @cached_property
+    def shared(self) -> "Run | None":
+        """The run that tokenizer, seed model and held-out tokens are taken from, None where they are made here.
+
+        Raises:
+            StorageError: If no run is there.
+            ConfigError: If it has other text, or another tokenizer, seed model or way of scoring.
+        """
+        if self.config.shared is None:
+            return None
+        found = Run(recorded_config(self.config.shared))
+        self.config.check_shared(found.config)
+        return found
+
+    def owner(self, member: Member) -> "Run":
+        """The run that a member belongs to: the seed may be another's."""
+        return self.shared or self if member.kind == "seed" else self
 
     @property
     def key(self) -> str:
@@ -63,6 +82,8 @@ class Run(PlannedRun):
         """Identity of the tokenizer."""
         if self.base is not None:
             return self.base.tokenizer_spec()
+        if self.shared is not None:
+            return self.shared.tokenizer_spec()
         config, seed = self.config.tokenizer, self.config.seed_model
         given = config.path or seed.path
         # A given tokenizer is known by its files, a trained one by its text.
@@ -104,8 +125,24 @@ class Run(PlannedRun):
             "clusterer": self.clusterer_digest,
             "tokenizer": self.load(self.tokenizer_spec()).digest,
         }
-        digest = digest_of(self.config.assign.model_dump(mode="json", exclude={"max_groups", "processes"}))
-        return StageSpec("assign", self.config.root, digest, inputs, f"manifests/assign/{group}.json")
+        settings: object = self.config.assign.model_dump(mode="json", exclude={"max_groups", "processes"})
+        if self.plan_made.group(group).part == "validation":
+            settings = [HELD_OUT_FORMAT, settings]
+            if self.shared is not None:
+                inputs["held_out"] = self.held_out_digest(group)
+        return StageSpec("assign", self.config.root, digest_of(settings), inputs, f"manifests/assign/{group}.json")
+
+    def held_out_digest(self, group: str) -> str:
+        """Identity of the tokens of one group of held-out documents, whatever clusters these lie in.
+
+        So another clusterer has no model scored again.
+        """
+        if self.shared is not None:
+            return self.shared.held_out_digest(group)
+        folder, stem = held_out_shard(self.plan_made.group(group).split, group)
+        made = self.load(self.assign_spec(group))
+        tokens = [file for file in made.files if file.path.startswith(f"{folder}/{stem}.")]
+        return digest_of([[file.path, file.sha256] for file in tokens if not file.path.endswith(CLUSTERS)])
 
     def train_spec(self, member: Member) -> StageSpec:
         """Identity of one member."""
@@ -113,6 +150,8 @@ class Run(PlannedRun):
             return self.base.train_spec(member)
         seed = self.config.seed_model
         if member.kind == "seed":
+            if self.shared is not None:
+                return self.shared.train_spec(member)
             if seed.path is not None:
                 inputs = {"source": source_digest(self.given(seed.path))}
                 return StageSpec("seed", self.uri("seed"), seed.digest(), inputs)
@@ -159,8 +198,11 @@ class Run(PlannedRun):
     def score_spec(self, member: Member) -> StageSpec:
         """Identity of one member's scores."""
         config = self.config
+        if member.kind == "seed" and self.shared is not None:
+            return self.shared.score_spec(member)
         settings: list[object] = [config.score.result_digest(), config.train.context_length]
-        inputs = {**self._assigned("validation"), "model": self.load(self.train_spec(member)).digest}
+        inputs = {group.name: self.held_out_digest(group.name) for group in self.plan_made.part("validation")}
+        inputs["model"] = self.load(self.train_spec(member)).digest
         if self.scored_sparsely(member):
             inputs |= self._routing_inputs()
             settings += [config.score.top_k, config.routing.digest(), config.trained_clusters]
@@ -173,6 +215,8 @@ class Run(PlannedRun):
     def tasks_spec(self, member: Member) -> StageSpec:
         """Identity of one member's answers to the few-shot tasks."""
         config = self.config
+        if member.kind == "seed" and self.shared is not None:
+            return self.shared.tasks_spec(member)
         inputs = {
             "model": self.load(self.train_spec(member)).digest,
             "tokenizer": self.load(self.tokenizer_spec()).digest,
@@ -285,32 +329,45 @@ class Run(PlannedRun):
         """Token shards that a member is trained on, on this machine: its own cluster's, or all."""
         clusters = range(self.config.cluster.n_clusters) if member.cluster is None else [member.cluster]
         partition = RANDOM if member.kind == "random" else LEARNED
-        return self._token_shards("train", partition, clusters, scratch)[0]
+        return self._train_shards(partition, clusters, scratch)
 
     def validation_shards(self, scratch: Path) -> tuple[Shards, NDArray[np.int64]]:
-        """Token shards of the validation documents, and the nearest cluster of each document, (n_documents,)."""
-        return self._token_shards("validation", LEARNED, range(self.config.cluster.n_clusters), scratch)
+        """Token shards of the validation documents, and the nearest cluster of each document, (n_documents,).
+
+        They are in the order of the corpus, whatever the clusterer.
+        """
+        shards, clusters = [], []
+        for group in self.plan_made.part("validation"):
+            shard, own = self.held_out_tokens(group.name, scratch)
+            shards.append(shard)
+            clusters.append(np.load(own).astype(np.int64))
+        return tuple(shards), np.concatenate(clusters)
+
+    def held_out_tokens(self, group: str, scratch: Path) -> tuple[Shard, Path]:
+        """Token shard of one group of held-out documents, and the file of their clusters, on this machine."""
+        spec = self.assign_spec(group)
+        found = self.load(spec)
+        folder, stem = held_out_shard(self.plan_made.group(group).split, group)
+        # Only the clusters are this run's own where the tokens are shared.
+        local = manifests.fetch(spec.root, found, found.paths(f"{folder}/{stem}."), scratch / "tokens") / folder
+        shard = (local, stem) if self.shared is None else self.shared.held_out_tokens(group, scratch / "shared")[0]
+        return shard, local / f"{stem}{CLUSTERS}"
 
     def validation_documents(self, scratch: Path) -> tuple[TokenDocuments, NDArray[np.int64]]:
         """Validation documents, and the nearest cluster of each, shape (n_documents,)."""
         shards, clusters = self.validation_shards(scratch)
         return TokenDocuments(shards), clusters
 
-    def _token_shards(
-        self, part: Part, partition: str, clusters: Sequence[int], scratch: Path
-    ) -> tuple[Shards, NDArray[np.int64]]:
-        shards, numbers = [], []
+    def _train_shards(self, partition: str, clusters: Sequence[int], scratch: Path) -> Shards:
+        shards = []
         for cluster in clusters:
-            for group in self.plan_made.part(part):
+            for group in self.plan_made.part("train"):
                 spec = self.assign_spec(group.name)
                 found = self.load(spec)
                 folder, stem = token_shard(partition, group.split, cluster, group.name)
-                paths = found.paths(f"{folder}/{stem}.")
-                local = manifests.fetch(spec.root, found, paths, scratch / "tokens")
+                local = manifests.fetch(spec.root, found, found.paths(f"{folder}/{stem}."), scratch / "tokens")
                 shards.append((local / folder, stem))
-                counts = found.metadata["clusters"][partition][cluster]
-                numbers.append(np.full(counts["documents"], cluster, dtype=np.int64))
-        return tuple(shards), np.concatenate(numbers)
+        return tuple(shards)
 
     @property
     def fixed_assignments(self) -> FixedAssignments | None:

@@ -58,11 +58,14 @@ class RunConfig(Config):
         evaluate: Which ensembles are compared.
         tasks: Few-shot classification tasks that every model and ensemble answers.
         tracking: The MLflow tracking server.
+        shared: Root of a run whose tokenizer, seed model and held-out tokens are taken, with what the seed gives those;
+            for runs that differ in the rest, and are compared.
     """
 
     name: str = Field(default="cbtm", min_length=1)
     root: str
     extends: str | None = Field(default=None, min_length=1)
+    shared: str | None = None
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -120,6 +123,11 @@ class RunConfig(Config):
                 f"root={self.root} is extends={base} or lies in it, and nothing is written there; give the extended "
                 "run a root of its own"
             )
+        if self.shared is not None:
+            raise ConfigError(
+                f"shared={self.shared} with extends={base}: tokenizer and seed model are those of the extended run; "
+                "leave shared out"
+            )
         given = [name for name in ("path", "assignments", "labels") if getattr(self.cluster, name) is not None]
         if given:
             raise ConfigError(
@@ -141,6 +149,25 @@ class RunConfig(Config):
                 f"train.cluster_token with extends={base}: the vocabulary of the experts that are there has no token "
                 "for another cluster; train all of them again, without extends"
             )
+
+    def check_shared(self, other: "RunConfig") -> None:
+        """Refuse a run to share with that has other text, or makes something else of it.
+
+        Raises:
+            ConfigError: If it has.
+        """
+        if other.shared is not None:
+            raise ConfigError(f"shared={self.shared} itself takes from {other.shared}; name that one")
+        for name in ("corpus", "tokenizer", "seed_model", "score", "tasks"):
+            if getattr(self, name) != getattr(other, name):
+                raise ConfigError(f"shared={self.shared} has another section {name}; use the same, or leave shared out")
+        for section, field in (("train", "context_length"), ("assign", "max_groups")):
+            mine, others = (getattr(getattr(config, section), field) for config in (self, other))
+            if mine != others:
+                raise ConfigError(
+                    f"shared={self.shared} has {section}.{field}={others}, this run {mine}; use the same, or leave "
+                    "shared out"
+                )
 
     def _check_devices(self, section: str, sequences: int, training: OptimizationConfig) -> None:
         devices, nodes = training.devices, training.nodes

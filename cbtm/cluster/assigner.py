@@ -2,8 +2,9 @@
 
 Two steps. First each corpus file becomes a *part*: its documents in reading order, tokenised, with their clusters.
 Files are independent, so several processes share them, and one that is finished stays finished: an assigner that is
-killed goes on at the next file. Then the parts are dealt out to one token shard for each cluster. Neither step
-holds more than a batch of documents in memory.
+killed goes on at the next file. Then the parts of training documents are dealt out to one token shard for each
+cluster. Held-out documents stay together in the order of the corpus, with their clusters beside them: they are the same
+documents, in the same halves, under every clusterer. Neither step holds more than a batch of documents in memory.
 
 For the control experiment the same pass also deals the training documents to random clusters: a stored partition,
 drawn once from a seed, equal in size to within one document in every file.
@@ -42,6 +43,8 @@ from cbtm.progress import Progress, progress
 from cbtm.tokens import DocumentRecord, Encoder, TokenDocuments, TokenShardWriter
 
 LEARNED, RANDOM = "learned", "random"
+CLUSTERS = ".clusters.npy"
+"""Ending of the file with the clusters of held-out documents, int32 (n_documents,), beside their token shard."""
 Tools = Callable[[], tuple[Clusterer, Encoder]]
 
 _PART, _CLUSTERS, _COUNTS = "part", "clusters.i4", "counts.json"
@@ -69,6 +72,9 @@ class AssignConfig(Config):
     random_state: int = Field(default=0, ge=0)
 
 
+HELD_OUT_FORMAT = 2  # in the order of the corpus; before, they lay by cluster
+
+
 def assignment_path(corpus_path: str) -> str:
     """Path of the assignment lines of one corpus file: same place, plain .jsonl."""
     return f"assignments/{plain_name(corpus_path)}"
@@ -77,6 +83,25 @@ def assignment_path(corpus_path: str) -> str:
 def token_shard(partition: str, split: str, cluster: int, group: str) -> tuple[str, str]:
     """Folder and stem of one token shard, below the run's root."""
     return f"tokens/{partition}/{split}/cluster-{cluster:05d}", group
+
+
+def held_out_shard(split: str, group: str) -> tuple[str, str]:
+    """Folder and stem of the token shard of one group of held-out documents, below the run's root."""
+    return f"tokens/held-out/{split}", group
+
+
+def held_out_counts(
+    documents: TokenDocuments, clusters: NDArray[np.int32], n_clusters: int
+) -> dict[str, list[dict[str, int]]]:
+    """Documents, tokens and bytes of every cluster among held-out documents, as the accounting of `assign_group`."""
+    sizes = np.array([record.n_bytes for record in documents.records()], dtype=np.int64)
+    columns = {
+        "documents": np.bincount(clusters, minlength=n_clusters),
+        "tokens": np.bincount(clusters, weights=documents.lengths(), minlength=n_clusters),
+        "bytes": np.bincount(clusters, weights=sizes, minlength=n_clusters),
+    }
+    rows = zip(*(values.astype(np.int64).tolist() for values in columns.values()), strict=True)
+    return {LEARNED: [dict(zip(columns, row, strict=True)) for row in rows]}
 
 
 def assign_group(
@@ -131,7 +156,7 @@ def assign_group(
         "documents": counts.documents,
         "skipped": counts.skipped,
         "without_words": sum(part["without_words"] for part in found),
-        "clusters": work.deal(found[0]["n_clusters"], found[0]["vocab_size"]),
+        "clusters": (work.deal if group.part == "train" else work.join)(found[0]["n_clusters"], found[0]["vocab_size"]),
     }
 
 
@@ -177,17 +202,35 @@ class _Work:
                 counts[partition].append(writers[partition, cluster].counts)
         return counts
 
+    def join(self, n_clusters: int, vocab_size: int) -> dict[str, list[dict[str, int]]]:
+        """Write the token shard of held-out documents, in the order of the corpus, and their clusters."""
+        below, stem = held_out_shard(self.group.split, self.group.name)
+        found: list[int] = []
+        with TokenShardWriter(self.folder / below, stem, vocab_size=vocab_size) as writer:
+            for number in range(len(self.group.files)):
+                for record, tokens, prompt, row in self._documents(number):
+                    writer.add(record, tokens, prompt)
+                    found.append(int(row[0]))
+        clusters = np.array(found, dtype=np.int32)
+        np.save(self.folder / below / f"{stem}{CLUSTERS}", clusters)
+        return held_out_counts(TokenDocuments([(self.folder / below, stem)]), clusters, n_clusters)
+
     def _deal_part(self, number: int, writers: Mapping[tuple[str, int], TokenShardWriter]) -> None:
+        for record, tokens, prompt, row in self._documents(number):
+            for key in zip(self.partitions, row.tolist(), strict=True):
+                if (writer := writers.get(key)) is not None:
+                    writer.add(record, tokens, prompt)
+
+    def _documents(
+        self, number: int
+    ) -> Iterator[tuple[DocumentRecord, NDArray[np.integer[Any]], int, NDArray[np.int32]]]:
+        """Documents of one part, each with its tokens, those of its prompt, and its cluster in each partition."""
         part = TokenDocuments([(self.part(number), _PART)])
         if part.n_documents == 0:
             return
         clusters = np.memmap(self.part(number) / _CLUSTERS, dtype=np.int32, mode="r")
         rows = clusters.reshape(part.n_documents, len(self.partitions))
-        documents = zip(part.records(), part.documents(), part.prompts(), rows, strict=True)
-        for record, tokens, prompt, row in documents:
-            for key in zip(self.partitions, row.tolist(), strict=True):
-                if (writer := writers.get(key)) is not None:
-                    writer.add(record, tokens, prompt)
+        yield from zip(part.records(), part.documents(), part.prompts(), rows, strict=True)
 
     def _writer(self, partition: str, cluster: int, vocab_size: int) -> TokenShardWriter:
         below, stem = token_shard(partition, self.group.split, cluster, self.group.name)
@@ -215,7 +258,7 @@ class _FileAssigner:
             lines.open("wb") as out,
         ):
             for batch, labels, tokens, prompts in self._batches(file.path, labeller, counts):
-                out.write(b"".join(_line(*pair) for pair in zip(batch, labels.tolist(), strict=True)))
+                out.write(b"".join(assignment_line(*pair) for pair in zip(batch, labels.tolist(), strict=True)))
                 columns = [labels]
                 if RANDOM in work.partitions:
                     columns.append(np.fromiter(dealer, dtype=np.int32, count=len(batch)))
@@ -298,7 +341,8 @@ def _identity(file: PlannedFile) -> list[str]:
     return [file.path, file.digest]
 
 
-def _line(document: Document, cluster: int) -> bytes:
+def assignment_line(document: Document, cluster: int) -> bytes:
+    """One line of an assignment file."""
     return orjson.dumps({"sp_id": document.sp_id, "cluster": cluster}) + b"\n"
 
 

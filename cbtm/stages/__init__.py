@@ -69,6 +69,7 @@ def train(run: Run, member: Member) -> Manifest:
     """Train one member; the seed is trained from scratch or taken over, an average is made of the experts."""
     if run.taken_over(member):
         return _taken_over(run, run.train_spec(member))
+    run = run.owner(member)
     left = (run.uri("checkpoints", member.name), run.exchange_root(member))
     if (made := _made_before(run.train_spec(member), *left)) is not None:
         return made
@@ -82,6 +83,7 @@ def score(run: Run, member: Member) -> Manifest:
 
     Returns the manifest of the scores of the validation tokens.
     """
+    run = run.owner(member)
     made = _made_before(run.score_spec(member), run.uri("checkpoints", f"scores-{member.name}"))
     if made is not None and not run.config.tasks:
         return made

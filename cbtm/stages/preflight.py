@@ -35,6 +35,7 @@ def plan(run: Run) -> Plan:
         check_extension(run, run.base)
     storage.check_writable(run.config.root)
     made = run.make_plan()
+    _check_shared(run)
     storage.write_bytes(run.uri(CONFIG_FILE), run.config.model_dump_json(indent=1).encode())
     if run.base is None:
         run.pin_sources()
@@ -44,6 +45,13 @@ def plan(run: Run) -> Plan:
         read_task(task)
     open_parent(run)
     return made
+
+
+def _check_shared(run: Run) -> None:
+    if run.shared is not None and run.plan_made.digest("validation") != run.shared.plan_made.digest("validation"):
+        raise ConfigError(
+            f"shared={run.config.shared} was planned when the validation split had other text; run it again first"
+        )
 
 
 def _check_cluster(run: Run) -> None:

@@ -14,11 +14,13 @@ from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.extension import OneCluster
 from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.fixed import NO_ASSIGNMENT
+from cbtm.cluster.held_out import label_held_out
 from cbtm.cluster.labels import read_labels
 from cbtm.cluster.sample import CountTokens
 from cbtm.corpus import Document, ReadCounts
 from cbtm.progress import progress
 from cbtm.run import Run
+from cbtm.tokens import TokenDocuments
 
 
 def tokenizer(run: Run, work: Path) -> dict[str, Any]:
@@ -53,9 +55,12 @@ def cluster(run: Run, work: Path) -> dict[str, Any]:
 
 def assign(run: Run, name: str, work: Path) -> dict[str, Any]:
     """Build one shard group's output in `work`."""
-    scratch = work.parent
+    scratch, group = work.parent, run.plan_made.group(name)
+    if run.shared is not None and group.part == "validation":
+        shard, _ = run.shared.held_out_tokens(name, scratch)
+        clusterer = Clusterer.load(run.fetch(run.cluster_spec(), scratch))
+        return label_held_out(run.config.corpus, group, clusterer, TokenDocuments([shard]), work)
     folders = (run.fetch(run.cluster_spec(), scratch), run.fetch(run.tokenizer_spec(), scratch))
-    group = run.plan_made.group(name)
     return assign_group(
         run.config.assign,
         run.corpus_of(group),

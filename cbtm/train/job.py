@@ -16,7 +16,8 @@ from cbtm.train.member import Member
 EXPERT_FILE, CURVE_FILE = "expert.json", "training.jsonl"
 """In a trained model's folder: what it is bound to, and its training curve."""
 
-Shards = tuple[tuple[Path, str], ...]  # folder and stem of each token shard
+Shard = tuple[Path, str]  # folder and stem of a token shard
+Shards = tuple[Shard, ...]
 
 
 class ValidationData(Config):

@@ -18,17 +18,25 @@ import zstandard
 from small import write_corpus as write_real_corpus
 
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.assigner import AssignConfig, assign_group, assignment_path, token_shard
+from cbtm.cluster.assigner import (
+    CLUSTERS,
+    AssignConfig,
+    assign_group,
+    assignment_path,
+    held_out_shard,
+    token_shard,
+)
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.cluster.config import ClusterConfig
 from cbtm.cluster.embedder import TfidfSvdEmbedder
 from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.fixed import FixedAssignments
+from cbtm.cluster.held_out import label_held_out
 from cbtm.corpus import CorpusConfig, ReadCounts, read_files
 from cbtm.errors import CbtmError, DataError, ManifestError, StorageError
 from cbtm.plan import make_plan
 from cbtm.stages.prepare import _open_tools
-from cbtm.tokens import TokenDocuments
+from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 
 K = 3
 WORDS = [
@@ -227,7 +235,52 @@ def test_validation_documents_get_no_random_cluster(parts, tmp_path):
     facts = assign(parts, tmp_path, part="validation")
     assert list(facts["clusters"]) == ["learned"]
     assert sum(row["documents"] for row in facts["clusters"]["learned"]) == 11
-    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["learned"]
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["held-out"]
+
+
+def test_held_out_documents_stay_in_the_order_of_the_corpus_with_their_clusters_beside_them(parts, tmp_path):
+    corpus, _, validation, _, tokenizer = parts
+    facts = assign(parts, tmp_path, part="validation")
+    below, stem = held_out_shard("valid", "validation-00000")
+    found = TokenDocuments([(tmp_path / below, stem)])
+    clusters = np.load(tmp_path / below / f"{stem}{CLUSTERS}")
+    documents = read(corpus, validation.paths)
+    assert [record.sp_id for record in found.records()] == [document.sp_id for document in documents]
+    assert clusters.tolist() == [line["cluster"] for line in lines_of(tmp_path, validation.paths[0])]
+    expected = tokenizer.encode_batch([document.text for document in documents])
+    for tokens, its_text in zip(found.documents(), expected, strict=True):
+        np.testing.assert_array_equal(tokens, its_text)
+    for cluster in range(K):
+        own = np.flatnonzero(clusters == cluster)
+        assert facts["clusters"]["learned"][cluster] == {
+            "documents": len(own),
+            "tokens": sum(len(expected[place]) for place in own),
+            "bytes": sum(len(documents[place].text.encode()) for place in own),
+        }
+
+
+def test_tokens_that_are_there_get_the_clusters_of_another_clusterer(parts, tmp_path):
+    corpus, train, validation, *_ = parts
+    fit_clusterer(ClusterConfig(n_clusters=2, n_components=5), read(corpus, train.paths), tmp_path / "other")
+    other = Clusterer.load(tmp_path / "other")
+    below, stem = held_out_shard("valid", "validation-00000")
+    assign(parts, tmp_path / "made", part="validation")
+    tokens = TokenDocuments([(tmp_path / "made" / below, stem)])
+    facts = label_held_out(corpus, validation, other, tokens, tmp_path / "labelled")
+    whole = assign((corpus, train, validation, other, parts[-1]), tmp_path / "whole", part="validation")
+    assert facts == whole
+    assert {path.name for path in (tmp_path / "labelled" / below).iterdir()} == {f"{stem}{CLUSTERS}"}
+    for name in (f"{below}/{stem}{CLUSTERS}", assignment_path(validation.paths[0])):
+        assert (tmp_path / "labelled" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tokens_of_another_text_are_refused(parts, tmp_path):
+    corpus, _, validation, clusterer, tokenizer = parts
+    writer = TokenShardWriter(tmp_path, "few", vocab_size=tokenizer.vocab_size)
+    writer.add(DocumentRecord("valid/00000/a.jsonl|0", 3), np.array([0, 1]))
+    writer.close()
+    with pytest.raises(DataError, match="validation-00000 has 11 documents, and tokens of 1: the corpus has changed"):
+        label_held_out(corpus, validation, clusterer, TokenDocuments([(tmp_path, "few")]), tmp_path / "out")
 
 
 def test_random_clusters_may_be_left_out(parts, tmp_path):

@@ -1,5 +1,6 @@
 """Everything that a run makes of its experts: ensembles, averages, few-shot answers; against slow ways to the same."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.cluster.clusterer import Clusterer
 from cbtm.corpus import Document
 from cbtm.errors import ConfigError, ManifestError
+from cbtm.merge.validation_set import selection_documents
 from cbtm.run import Run
 from cbtm.run_config import parse_config
 from cbtm.train.member import Member
@@ -121,7 +123,7 @@ def test_weighted_average_takes_the_mean_routing_weights_of_the_documents_that_c
     tokenizer = TextTokenizer.load(made.fetch(made.tokenizer_spec(), tmp_path))
     documents, _ = held_out_documents(made, tmp_path)
     energies = []
-    for document in documents[::2]:
+    for document in itertools.compress(documents, selection_documents(len(documents))):
         starts = tokenizer.encode_with_starts(document.text)[1][1:].tolist()
         energies.append(prefix_distances(made, tmp_path, document.text, starts) ** 2)
     weights = np.exp(-np.concatenate(energies) / 0.1)  # the defaults: temperature 0.1, the paper's exponent
@@ -194,7 +196,8 @@ def test_reference_preset_is_the_reference_arithmetic(values, tmp_path):
     tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), tmp_path))
     documents, tokens = held_out_documents(run, tmp_path)
     total, count = 0.0, 0
-    for document, whole in list(zip(documents, tokens, strict=True))[1::2]:  # the reported half
+    reported = ~selection_documents(len(documents))
+    for document, whole in itertools.compress(zip(documents, tokens, strict=True), reported):
         ids = whole[1:]  # no separator
         starts = tokenizer.encode_with_starts(document.text)[1][1:]
         experts = np.stack([log_probs(made_root, ids) for made_root in map(run.member_root, run.experts)])  # (2, n)

@@ -11,6 +11,7 @@ from small import settings
 
 from cbtm import stages
 from cbtm.branch.tokenizer import TextTokenizer
+from cbtm.merge.validation_set import selection_documents
 from cbtm.run import Run
 from cbtm.run_config import parse_config
 
@@ -41,15 +42,14 @@ def test_figures_are_those_of_the_tokens_and_bytes_after_the_prompts(run):
     assert sum(document.prompt > 0 for document in documents.values()) == 20
     order = [
         json.loads(line)["sp_id"]
-        for cluster in (0, 1)
-        for path in sorted(Path(run.uri("tokens/learned/valid/small")).rglob(f"*{cluster:05d}*.documents.jsonl"))
+        for path in sorted(Path(run.uri("tokens/held-out/valid/small")).glob("*.documents.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    assert sorted(order) == sorted(documents)
+    assert order == list(documents)
     scores = np.load(run.uri("scores/seed/log_probs.npy")).astype(np.float64)
     offsets = np.load(run.uri("scores/seed/offsets.npy"))
     total = tokens = prompts = n_bytes = 0
-    for place in range(1, 40, 2):  # every second document is reported on
+    for place in np.flatnonzero(~selection_documents(40)):
         document = documents[order[place]]
         starts = tokenizer.encode_with_starts(document.text)[1][1:]
         own = scores[offsets[place] : offsets[place + 1]]

@@ -185,8 +185,8 @@ def test_tokenizer_that_cuts_otherwise_is_refused(parts):
         (5, None, [0, 1, 2, 3, 4]),
         (5, 9, [0, 1, 2, 3, 4]),
         (5, 5, [0, 1, 2, 3, 4]),
-        (10, 4, [0, 1, 4, 5]),  # of 0, 2, 4, 6, 8 the places 0 and 2.5; of 1, 3, 5, 7, 9 the same
-        (10, 5, [0, 1, 2, 5, 6]),  # three of the first half, at 0, 1.7 and 3.3
+        (10, 4, [0, 1, 4, 5]),  # of 0, 3, 4, 6, 8 that choose the places 0 and 2.5; of 1, 2, 5, 7, 9 the same
+        (10, 5, [0, 1, 3, 5, 6]),  # three of those that choose, at 0, 1.7 and 3.3
         (10, 1, [0]),
         (7, 6, [0, 1, 2, 3, 4, 5]),
         (0, 3, []),
@@ -202,17 +202,34 @@ def test_as_many_places_as_asked_for_half_of_them_from_either_half_and_none_far_
         for at_most in range(1, n_documents + 1):
             places = evenly_spaced(n_documents, at_most)
             assert len(set(places.tolist())) == at_most
-            for first, wanted in ((0, (at_most + 1) // 2), (1, at_most // 2)):
-                half = places[places % 2 == first] // 2
-                size = len(range(first, n_documents, 2))
+            choosing = selection_documents(n_documents)
+            for mask, wanted in ((choosing, (at_most + 1) // 2), (~choosing, at_most // 2)):
+                half = np.cumsum(mask)[[place for place in places if mask[place]]] - 1
+                size = np.count_nonzero(mask)
                 assert len(half) == wanted
                 gaps = np.diff([*half, size])
                 assert all(size // wanted <= gap <= -(-size // wanted) for gap in gaps) or not wanted
 
 
-def test_halves_are_every_second_document():
-    assert selection_documents(5).tolist() == [True, False, True, False, True]
-    assert selection_documents(0).tolist() == []
+def test_one_of_each_two_neighbours_is_in_either_half():
+    for n_documents in (0, 1, 2, 5, 40, 1001):
+        mask = selection_documents(n_documents)
+        pairs = mask[: 2 * (n_documents // 2)].reshape(-1, 2)
+        assert (pairs.sum(axis=1) == 1).all()
+        assert mask[2 * len(pairs) :].all()  # the last of an odd number
+
+
+def test_halves_are_the_same_for_ever_and_grow_with_the_split():
+    # Another rule would report on documents that earlier trainings were validated on.
+    assert selection_documents(9).tolist() == [True, False, False, True, True, False, True, False, True]
+    np.testing.assert_array_equal(selection_documents(1000)[:400], selection_documents(400))
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 8])
+def test_kinds_that_take_turns_are_in_both_halves_alike(period):
+    mask = selection_documents(4000)
+    shares = [mask[kind::period].mean() for kind in range(period)]
+    assert max(abs(share - 0.5) for share in shares) < 0.08
 
 
 def test_offsets_count_scored_tokens_alone():

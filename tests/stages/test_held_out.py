@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from cbtm.branch.tokenizer import TextTokenizer
 from cbtm.corpus import Document
 from cbtm.errors import DataError, ManifestError
 from cbtm.merge.router import PrefixRouter
-from cbtm.merge.validation_set import context_distances
+from cbtm.merge.validation_set import context_distances, selection_documents
 from cbtm.run import Run
 from cbtm.run_config import parse_config
 from cbtm.stages.held_out import distances, held_out, open_router_parts, spelled_bytes, validation_set
@@ -90,10 +91,12 @@ def text_of(record, lines=PLAIN):
 # --- documents ---
 
 
-def test_all_documents_are_taken_whole_in_the_order_of_their_clusters(plain, tokenizer, tmp_path):
+def test_all_documents_are_taken_whole_in_the_order_of_the_corpus(plain, tokenizer, tmp_path):
     held = held_out(plain, tmp_path)
-    assert sorted(sp_ids(held)) == [f"valid/small/00000/text.jsonl|{number}" for number in range(10)]
-    assert held.clusters.tolist() == sorted(held.clusters.tolist())
+    assert sp_ids(held) == [f"valid/small/00000/text.jsonl|{number}" for number in range(10)]
+    lines = Path(plain.uri("assignments/valid/small/00000/text.jsonl")).read_text().splitlines()
+    assert held.clusters.tolist() == [json.loads(line)["cluster"] for line in lines]
+    assert set(held.clusters.tolist()) == {0, 1}
     for row, record in zip(held.rows, held.records, strict=True):
         assert row.tolist() == tokenizer.encode_batch([text_of(record)])[0].tolist()
     assert held.first == 0
@@ -110,8 +113,8 @@ def test_max_documents_are_exactly_that_many_over_the_whole_split(plain, tmp_pat
     assert held.clusters.tolist() == [whole.clusters[place] for place in places]
     for row, place in zip(held.rows, places, strict=True):
         assert row.tolist() == whole.rows[place].tolist()
-    # What a training is validated on, every second document of all, is never reported on.
-    assert held.choosing.tolist() == [place % 2 == 0 for place in places]
+    # What a training is validated on is never reported on, however many are scored.
+    assert held.choosing.tolist() == [bool(selection_documents(10)[place]) for place in places]
 
 
 def test_without_the_separator_a_document_of_one_token_is_left_out_and_logged(plain, tmp_path, caplog):
@@ -229,7 +232,6 @@ def test_document_that_is_cut_within_its_prompt_is_left_out_and_logged(asked, to
     assert caplog.messages == ["1 of 5 held-out documents have no token that counts and are left out"]
     assert ASKED[2] not in [text_of(record, ASKED) for record in held.records]
     validation = validation_set(run, held, tokenizer)
-    validation.check()
     for index, record in enumerate(held.records):
         counted = held.rows[index][1:][held.counted[index]]
         assert validation.n_bytes[index] == token_bytes(tokenizer, counted), record
