@@ -9,6 +9,7 @@ import typer
 from cbtm import __version__, storage
 from cbtm.cli_cluster import cluster_app
 from cbtm.cli_corpus import corpus_app, say
+from cbtm.cli_extend import extend_app
 from cbtm.errors import CbtmError, ConfigError
 from cbtm.process import log_to_stderr, s3_patience
 
@@ -396,6 +397,7 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
     raise typer.Exit(0 if report.records_left == 0 else 1)
 
 
+app.registered_commands += extend_app.registered_commands
 app.registered_commands += cluster_app.registered_commands  # after those of one machine
 
 

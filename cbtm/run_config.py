@@ -43,6 +43,8 @@ class RunConfig(Config):
     Attributes:
         name: Name of the run in the tracker.
         root: Folder or s3:// prefix that receives everything the run makes.
+        extends: Folder or s3:// prefix of a finished run that this one adds a domain to: its tokenizer, seed, dense
+            model and experts are taken over where they lie, and `corpus` is the text of the added domain alone.
         corpus: The text.
         tokenizer: The tokenizer.
         cluster: How domains are found.
@@ -64,6 +66,7 @@ class RunConfig(Config):
 
     name: str = Field(default="cbtm", min_length=1)
     root: str
+    extends: str | None = Field(default=None, min_length=1)
     shared: str | None = None
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -93,8 +96,8 @@ class RunConfig(Config):
         Raises:
             ConfigError: If the batch does not divide among the clusters or the devices, several machines have no root
                 in S3, train.clusters names one that there is not, a top-k is larger than the number of experts, a
-                setting needs scores that are not made, two tasks have one name, or the random-cluster experts have no
-                random clusters.
+                setting needs scores that are not made, two tasks have one name, the random-cluster experts have no
+                random clusters, or a run that extends another asks for what cannot be extended.
         """
         self._check_devices("train", self.train.share(self.cluster.n_clusters), self.train)
         training = self.seed_model.training
@@ -112,8 +115,43 @@ class RunConfig(Config):
                 "between two windows would not be scored"
             )
         self._check_evaluation()
+        if self.extends is not None:
+            self._check_extension(self.extends.rstrip("/"))
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
+
+    def _check_extension(self, base: str) -> None:
+        if f"{self.root}/".startswith(f"{base}/"):
+            raise ConfigError(
+                f"root={self.root} is extends={base} or lies in it, and nothing is written there; give the extended "
+                "run a root of its own"
+            )
+        if self.shared is not None:
+            raise ConfigError(
+                f"shared={self.shared} with extends={base}: tokenizer and seed model are those of the extended run; "
+                "leave shared out"
+            )
+        given = [name for name in ("path", "assignments", "labels") if getattr(self.cluster, name) is not None]
+        if given:
+            raise ConfigError(
+                f"cluster.{given[0]} with extends={base}: the clusterer is that run's with one more centre; leave out "
+                "one of the two"
+            )
+        if self.train.random_clusters:
+            raise ConfigError(
+                f"train.random_clusters with extends={base}: the added text was not dealt to random clusters with the "
+                "others; set train.random_clusters=false"
+            )
+        if self.train.steps_by != "equal":
+            raise ConfigError(
+                f"train.steps_by={self.train.steps_by} with extends={base}: steps in proportion to the tokens of all "
+                "clusters would change those of the experts that are there; use steps_by=equal"
+            )
+        if self.train.cluster_token:
+            raise ConfigError(
+                f"train.cluster_token with extends={base}: the vocabulary of the experts that are there has no token "
+                "for another cluster; train all of them again, without extends"
+            )
 
     def check_shared(self, other: "RunConfig") -> None:
         """Refuse a run to share with that has other text, or makes something else of it.

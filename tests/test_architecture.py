@@ -23,10 +23,10 @@ LAYERS = [
     {"branch"},
     {"train"},
     {"merge"},
-    {"run", "run_config"},
+    {"run", "run_config", "planned"},
     {"stages"},
     {"kubeflow"},
-    {"local", "cli", "cli_cluster", "cli_corpus"},
+    {"local", "cli", "cli_cluster", "cli_corpus", "cli_extend"},
 ]
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}
