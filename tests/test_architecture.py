@@ -23,7 +23,7 @@ LAYERS = [
     {"branch"},
     {"train"},
     {"merge"},
-    {"run", "run_config", "planned"},
+    {"run", "run_config", "compare_config", "comparison", "planned"},
     {"stages"},
     {"kubeflow"},
     {"local", "cli", "cli_cluster", "cli_corpus", "cli_extend"},
