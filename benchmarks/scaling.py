@@ -5,7 +5,7 @@ steps of one expert, its scores, the routing of the validation text, and the eva
 experts are made up for the evaluation, whose work does not depend on them. Seconds are of the processor, all threads
 together, for wall time says little on a machine that others use; both are printed.
 
-    python benchmarks/scaling.py --corpus C8 --corpus BENCH --tokenizer GPT2 --documents 1000,4000,16000 --clusters 2,8,32
+    python benchmarks/scaling.py --corpus C8 --corpus BENCH --tokenizer GPT2 --documents 1000,4000 --clusters 2,8,32
 """
 
 import argparse
@@ -173,9 +173,11 @@ def main() -> None:
     for name, sizes in (("documents", args.documents), ("clusters", args.clusters)):
         if sizes:
             points = [(n, args.at_clusters) if name == "documents" else (args.at_documents, n) for n in sizes]
-            sweep(
-                name, sizes, [measure(point, args.corpus, args.tokenizer, *one, limit_s=args.limit) for one in points]
-            )
+            found = []
+            for one in points:
+                found.append(measure(point, args.corpus, args.tokenizer, *one, limit_s=args.limit))
+                print(f"{one[0]} documents, {one[1]} clusters:", found[-1].error or found[-1].value, flush=True)
+            sweep(name, sizes, found)
 
 
 if __name__ == "__main__":
