@@ -173,9 +173,11 @@ def main() -> None:
     for name, sizes in (("documents", args.documents), ("clusters", args.clusters)):
         if sizes:
             points = [(n, args.at_clusters) if name == "documents" else (args.at_documents, n) for n in sizes]
-            sweep(
-                name, sizes, [measure(point, args.corpus, args.tokenizer, *one, limit_s=args.limit) for one in points]
-            )
+            found = []
+            for one in points:
+                found.append(measure(point, args.corpus, args.tokenizer, *one, limit_s=args.limit))
+                print(f"{one[0]} documents, {one[1]} clusters:", found[-1].error or found[-1].value, flush=True)
+            sweep(name, sizes, found)
 
 
 if __name__ == "__main__":

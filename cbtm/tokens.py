@@ -313,13 +313,13 @@ def _write_header(file: IO[bytes], dtype: str, length: int) -> None:
 def _prompts(path: Path, n_documents: int) -> NDArray[Any] | None:
     if not path.exists():
         return None
-    prompts = _array(path)  # in memory, 8 bytes a document: maps of it would be one more file for each shard
+    prompts = _array(path, mmap_mode="r")
     if prompts.shape != (n_documents,) or prompts.dtype.kind != "i":
         raise DataError(
             f"{path} has {prompts.dtype} of shape {prompts.shape} but the shard has {n_documents} documents; "
             "remove its manifest to build it again"
         )
-    return prompts
+    return np.array(prompts)  # in memory, 8 bytes a document: a map would be one more open file for each shard
 
 
 def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
