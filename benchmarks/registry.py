@@ -178,8 +178,9 @@ ENTRIES = (
         "scorer.py",
         "Scoring takes less time and memory than a loop over all logits; the nearest experts take less than all.",
         (_BENCHMARKS, _README),
-        ("--documents", "8", "--routed-documents", "4", "--repeats", "2", "--limit", "60"),
-        240,
+        # As many documents as the largest batch of the loops.
+        ("--documents", "32", "--routed-documents", "4", "--repeats", "2", "--limit", "60"),
+        300,
         packages=("torch", "transformers"),
         peers=("transformers",),
     ),
