@@ -2,16 +2,20 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV   ?= .venv
 RUN    ?= runs/demo
+COMPARE ?= runs/compare
 PORT   ?= 5000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-containers images lint types compile compile-check check ui clean help
+.PHONY: demo compare test test-containers images bench lint types compile compile-check check release-check ui clean help
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(READY)  ## Run the whole pipeline on real text (CORPUS=folder of own text, RUN=folder for the results)
 	$(BIN)/cbtm demo --root $(RUN) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+compare: $(READY) ## Compare dense, random and 2, 4, 8 experts on real text (CORPUS=, COMPARE=folder for the results)
+	$(BIN)/cbtm compare --root $(COMPARE) $(if $(CORPUS),--corpus "$(CORPUS)")
 
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest
@@ -21,6 +25,9 @@ images: $(READY) ## Build the images with the engine of this machine (BASE=anoth
 
 test-containers: $(READY) ## Run the pipeline in its images, against Ceph and an MLflow server
 	tests/containers/run
+
+bench: $(READY) ## Run all benchmarks, at most half an hour (CORPUS=another text, FRESH=1 to begin anew)
+	$(BIN)/python benchmarks/run_all.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(FRESH),--fresh)
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .
@@ -36,6 +43,9 @@ compile-check: $(READY) ## Check that the committed pipelines are what they comp
 	$(BIN)/python -m pipelines.compile --check
 
 check: lint types compile-check test ## Everything that must be green
+
+release-check: $(READY) ## Check wheel, version, changelog and images (RELEASE=1 on the commit to be tagged)
+	$(BIN)/python .ci/release_check.py $(if $(RELEASE),--release)
 
 ui: $(READY)    ## Open the comparison of the demo's models in MLflow (PORT=5000)
 	$(BIN)/cbtm ui --root $(RUN) --port $(PORT)

@@ -28,7 +28,6 @@ from corpora import (
     Text,
     add_text_arguments,
     alternate,
-    goal,
     hardware,
     header,
     limit_threads,
@@ -38,6 +37,7 @@ from corpora import (
     text_of,
 )
 from numpy.typing import NDArray
+from records import Records, add_json_argument
 from router import NumberDeletingVectorizer
 from scipy.sparse import csr_matrix
 from sklearn.cluster import KMeans
@@ -227,7 +227,7 @@ def assign_files(root: str, paths: list[str], folder: Path) -> Callable[[], Any]
     return work
 
 
-def compare_memory(text: Text, folder: Path, limit_s: float) -> None:
+def compare_memory(text: Text, folder: Path, limit_s: float, records: Records) -> None:
     shards: dict[str, list[str]] = {}
     for path in text.files():
         shards.setdefault(shard_of(path, text.split), []).append(path)
@@ -244,15 +244,20 @@ def compare_memory(text: Text, folder: Path, limit_s: float) -> None:
             raise SystemExit(f"assignment of {n} shards failed: {run.error}")
         peaks[n] = run.peak_total_bytes
         row(n, run.value, f"{run.seconds:.2f}", f"{run.peak_total_bytes / 1e6:.1f}", f"{run.peak_bytes / 1e6:.1f}")
+        # Whole processes: what the model and the interpreter take is the same for both.
+        case, note = "memory of a whole process", f"{run.value:,} documents"
+        records.add(
+            case, f"cbtm, {n} shard{'s' * (n > 1)}", "MB", [run.peak_total_bytes / 1e6], is_ours=n == 1, note=note
+        )
     most = max(peaks)
     growth = peaks[most] / peaks[1]
     print()
     if most < 4:
         print(f"{text} has only {most} shards")
-    goal(f"memory flat from one shard to {most}, within 5 %", growth <= 1.05, f"{growth:.3f}")
+    records.goal(f"memory flat from one shard to {most}, within 5 %", growth <= 1.05, f"{growth:.3f}")
 
 
-def compare_speed(text: Text, model: Model, folder: Path, args: argparse.Namespace) -> None:
+def compare_speed(text: Text, model: Model, folder: Path, args: argparse.Namespace, records: Records) -> None:
     file = folder / "documents.jsonl"
     n = 0
     with file.open("wb") as out:
@@ -267,26 +272,39 @@ def compare_speed(text: Text, model: Model, folder: Path, args: argparse.Namespa
         "Python re": (python_re, file, folder),
         FLOOR: (floor, file),
     }
-    found = {
-        name: median(runs) for name, runs in alternate(contenders, repeats=args.repeats, limit_s=args.limit).items()
-    }
+    runs = alternate(contenders, repeats=args.repeats, limit_s=args.limit)
+    found = {name: median(of_one) for name, of_one in runs.items()}
+    case = f"{n:,} documents, {megabytes:.1f} MB"
     expected, own = found[PEER], found[OURS]
     print(f"{n} documents, {megabytes:.1f} MB of JSON lines; median of {args.repeats}\n")
     header("", "s", "CPU s", "documents/s", "MB/s", "ratio to scikit-learn", "ids that differ")
     for name, run in found.items():
         if run.error:
             row(name, "failed: " + run.error, *[""] * 5)
+            records.measured(case, name, runs[name], unit="MB/s")
             continue
         differ = "" if run.value is None or expected.error else int((run.value != expected.value).sum())
         row(name, f"{run.seconds:.2f}", f"{run.cpu_seconds:.2f}", f"{n / run.seconds:,.0f}",
             f"{megabytes / run.seconds:.1f}", f"{expected.seconds / run.seconds:.2f}", differ)  # fmt: skip
+        note = "" if differ == "" else f"{differ} ids differ"
+        records.measured(
+            case,
+            name,
+            runs[name],
+            unit="MB/s",
+            value=lambda run: megabytes / run.seconds,
+            is_ours=name == OURS,
+            note=note,
+        )
     print()
     for least in (4, 15):
         ratio = expected.seconds / own.seconds
-        goal(f">= {least}x scikit-learn on one core", ratio >= least, own.error or expected.error or f"{ratio:.2f}x")
+        records.goal(
+            f">= {least}x scikit-learn on one core", ratio >= least, own.error or expected.error or f"{ratio:.2f}x"
+        )
     failed = own.error or expected.error
     n_differ = n if failed else int((own.value != expected.value).sum())
-    goal("ids equal to scikit-learn's", n_differ == 0, failed or f"{n_differ} of {n} differ")
+    records.goal("ids equal to scikit-learn's", n_differ == 0, failed or f"{n_differ} of {n} differ")
 
 
 def main() -> None:
@@ -296,6 +314,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--memory", action="store_true", help="peak memory for one shard and for four, no speed")
     add_text_arguments(parser)
+    add_json_argument(parser)
     args = parser.parse_args()
     threads = limit_threads(args.threads)
     text = text_of(args)
@@ -304,13 +323,14 @@ def main() -> None:
         f"{hardware('numpy', 'scikit-learn', 'orjson', 'tokenizers', 'pyarrow')}; {threads}; {text}; "
         f"vocabulary {len(model[0].vocabulary_)}, d={args.dimensions}, k={args.clusters}"
     )
+    records = Records(args.json)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save(model, folder)
         if args.memory:
-            compare_memory(text, folder, args.limit)
+            compare_memory(text, folder, args.limit, records)
         else:
-            compare_speed(text, model, folder, args)
+            compare_speed(text, model, folder, args, records)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from corpora import (
     Measurement,
     add_text_arguments,
     alternate,
-    goal,
     hardware,
     header,
     limit_threads,
@@ -33,6 +32,7 @@ from corpora import (
     text_of,
 )
 from numpy.typing import NDArray
+from records import Records, add_json_argument
 from sklearn.cluster import KMeans
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.preprocessing import normalize
@@ -155,7 +155,7 @@ def above_optimum(cost: NDArray[np.float32], labels: NDArray[Any], bound: float)
 
 
 def compare(
-    name: str, cost: NDArray[np.float32], file: Path, args: argparse.Namespace
+    name: str, cost: NDArray[np.float32], file: Path, args: argparse.Namespace, records: Records
 ) -> tuple[dict[str, Measurement], dict[str, float]]:
     """Print the rows of one size; returns the median of each contender and its cost above the optimum."""
     n, k = cost.shape
@@ -174,6 +174,7 @@ def compare(
         first = (name, f"{nearest.min()}-{nearest.max()}") if contender == OURS else ("", "")
         if run.error:
             row(*first, contender, run.error, "", "", "", "", "")
+            records.measured(name, contender, found[contender])
             continue
         gaps[contender] = above_optimum(cost, run.value[0], bound)
         gap = "not balanced" if np.isnan(gaps[contender]) else f"{gaps[contender]:.1e}"
@@ -181,27 +182,30 @@ def compare(
         ratio = f"{run.seconds / own.seconds:.2f}"
         row(*first, contender, f"{run.seconds:.3f}", solving, f"{run.cpu_seconds:.3f}", ratio,
             f"{run.peak_bytes / 1e6:.1f}", gap)  # fmt: skip
+        above = gap if np.isnan(gaps[contender]) else f"{gap} above the optimum"
+        records.measured(name, contender, found[contender], is_ours=contender == OURS, note=above)
     return medians, gaps
 
 
-def print_goals(results: dict[tuple[int, int], Any]) -> None:
+def print_goals(results: dict[tuple[int, int], Any], records: Records) -> None:
     for (n, k), (medians, gaps) in results.items():
         own = medians[OURS]
-        goal(f"{n} x {k}, cost no more than 1e-9 above the optimum", gaps[OURS] <= 1e-9, f"{gaps[OURS]:.1e}")
+        records.goal(f"{n} x {k}, cost no more than 1e-9 above the optimum", gaps[OURS] <= 1e-9, f"{gaps[OURS]:.1e}")
         for peer in (FLOW, CONSTRAINED):
             ratio = medians[peer].seconds / own.seconds
             least = 5 if k == 8 and n >= 50_000 else 1
             if n >= 50_000 and k in (8, 128):
-                goal(f"{n} x {k}, >= {least}x {peer}", ratio >= least, medians[peer].error or f"{ratio:.2f}x")
+                records.goal(f"{n} x {k}, >= {least}x {peer}", ratio >= least, medians[peer].error or f"{ratio:.2f}x")
         if n >= 50_000 and k == 128:
             part = own.peak_bytes / medians[FLOW].peak_bytes
-            goal(f"{n} x {k}, <= 0.1 of the flow's memory", part <= 0.1, f"{part:.3f}")
+            records.goal(f"{n} x {k}, <= 0.1 of the flow's memory", part <= 0.1, f"{part:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=SIZES, help=f"points x clusters, default {SIZES}")
     add_text_arguments(parser)
+    add_json_argument(parser)
     args = parser.parse_args()
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")]
     threads = limit_threads(args.threads)
@@ -213,7 +217,7 @@ def main() -> None:
     )
     header("n x k", "nearest-centre sizes", "contender", "s", "of it solving", "CPU s", "ratio to cbtm", "peak MB",
            "above the optimum")  # fmt: skip
-    results = {}
+    results, records = {}, Records(args.json)
     with tempfile.TemporaryDirectory() as folder:
         for n, k in sizes:
             file = Path(folder) / "cost.npy"
@@ -221,9 +225,9 @@ def main() -> None:
             np.save(file, cost)
             n_copies = max(0, n - len(vectors))
             name = f"{n} x {k}" + f" ({n_copies} noisy copies)" * bool(n_copies)
-            results[n, k] = compare(name, cost, file, args)
+            results[n, k] = compare(name, cost, file, args, records)
     print()
-    print_goals(results)
+    print_goals(results, records)
 
 
 if __name__ == "__main__":

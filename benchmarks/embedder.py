@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import orjson
-from corpora import add_text_arguments, alternate, goal, hardware, header, limit_threads, median, row, text_of
+from corpora import add_text_arguments, alternate, hardware, header, limit_threads, median, row, text_of
 from numpy.typing import NDArray
+from records import Records, add_json_argument
 from router import NumberDeletingVectorizer
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
@@ -103,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--min-document-frequency", type=int, default=1, metavar="N", help="for both")
     add_text_arguments(parser)
+    add_json_argument(parser)
     args = parser.parse_args()
     threads = limit_threads(args.threads)
     text = text_of(args)
@@ -124,7 +126,8 @@ def main() -> None:
     domains = text.labels()
     header("", "s", "CPU s", "tf-idf s", "SVD s", "ratio to scikit-learn", "peak MB", "vocabulary", "energy",
            "NMI balanced", "NMI plain")  # fmt: skip
-    energies, scores = {}, {}
+    energies, scores, records = {}, {}, Records(args.json)
+    case = f"{n:,} documents, {megabytes:.1f} MB"
     for name in (PEER, OURS):
         run = found[name]
         vectors = matrix @ projection(words, *run.value[:2])
@@ -137,14 +140,18 @@ def main() -> None:
         ]
         row(name, f"{run.seconds:.2f}", f"{run.cpu_seconds:.2f}", *parts, f"{found[PEER].seconds / run.seconds:.2f}",
             f"{run.peak_bytes / 1e6:.0f}", len(run.value[0]), f"{energies[name]:.5f}", *scores[name])  # fmt: skip
+        note = f"energy {energies[name]:.5f}, {len(run.value[0]):,} words" + f", NMI {scores[name][0]}" * any(
+            scores[name]
+        )
+        records.measured(case, name, runs[name], is_ours=name == OURS, note=note)
     row(READING, f"{found[READING].seconds:.2f}", f"{found[READING].cpu_seconds:.2f}", *[""] * 8)
     own = found[OURS]
     same = "equal" if own.value[0] == words else f"differ: {len(set(own.value[0]) ^ set(words))} words in one only"
     print(f"\nvocabularies: {same}; cbtm reports an energy of {own.value[3]['own energy']:.5f} itself")
     ratio, energy = found[PEER].seconds / own.seconds, energies[OURS] / energies[PEER]
-    goal("fit >= 5x scikit-learn", ratio >= 5, f"{ratio:.2f}x")
-    goal("energy >= 99 % of scikit-learn's", energy >= 0.99, f"{100 * energy:.2f} %")
-    goal("peak memory < 1 GB above the interpreter", own.peak_bytes < 1e9, f"{own.peak_bytes / 1e6:.0f} MB")
+    records.goal("fit >= 5x scikit-learn", ratio >= 5, f"{ratio:.2f}x")
+    records.goal("energy >= 99 % of scikit-learn's", energy >= 0.99, f"{100 * energy:.2f} %")
+    records.goal("peak memory < 1 GB above the interpreter", own.peak_bytes < 1e9, f"{own.peak_bytes / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

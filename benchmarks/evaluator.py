@@ -34,8 +34,9 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from corpora import Measurement, alternate, goal, hardware, header, limit_threads, median, row
+    from corpora import Measurement, alternate, hardware, header, limit_threads, median, row
     from numpy.typing import NDArray
+    from records import Records, add_json_argument
 
     from cbtm.branch.seed import ScratchModelConfig, create_model
     from cbtm.merge.config import EvaluateConfig
@@ -210,7 +211,7 @@ def mixed_by_torch(scores: NDArray[Any], distances: NDArray[Any], setting: Setti
 # --- tables ---
 
 
-def compare(data: Data, config: EvaluateConfig, args: argparse.Namespace) -> None:
+def compare(data: Data, config: EvaluateConfig, args: argparse.Namespace, records: Records) -> None:
     settings = config.settings(data.experts)
     single = [setting for setting in settings if setting.ensemble == "clustering"]
     contenders: dict[str, tuple[Any, ...]] = {
@@ -225,10 +226,11 @@ def compare(data: Data, config: EvaluateConfig, args: argparse.Namespace) -> Non
     print(f"{len(settings)} settings, {len(single)} of them clustering, of which the peers see {seen:,} tokens\n")
     header("", "settings", "tokens", "s", "range", "CPU s", "s for all tokens", "million tokens x settings / s",
            "ratio to mix_grid", "resident MB", "mapped MB", "anonymous MB")  # fmt: skip
-    rates = {}
+    rates, case = {}, f"{data.tokens:,} tokens x {data.experts} experts, {len(single)} settings"
     for name, run in found.items():
         if run.error:
             row(name, "failed: " + run.error, *[""] * 10)
+            records.measured(case, name, runs[name])
             continue
         counts = (len(single), seen) if name in (NUMPY, TORCH) else (len(settings), data.tokens)
         rates[name] = counts[0] * counts[1] / run.seconds
@@ -237,36 +239,47 @@ def compare(data: Data, config: EvaluateConfig, args: argparse.Namespace) -> Non
             f"{run.cpu_seconds:.2f}", f"{run.seconds * data.tokens / counts[1]:.0f}", f"{rates[name] / 1e6:.2f}",
             f"{rates[GRID] / rates[name]:.1f}" if GRID in rates else "", f"{run.peak_total_bytes / 1e6:,.0f}",
             f"{run.value['mapped'] / 1e6:,.0f}", f"{run.value['anonymous'] / 1e6:,.0f}")  # fmt: skip
+        part = data.tokens / counts[1]
+        part_seen = f"in proportion, from {counts[1]:,} tokens"
+        note = part_seen if part > 1 else f"{run.value['mapped'] / 1e6:,.0f} MB of it mapped"
+        records.measured(case, name, runs[name], is_ours=name == GRID, note=note,
+                         value=partial(seconds_for_all, part), peak=lambda one: one.peak_total_bytes)  # fmt: skip
     print()
-    goals_of(data, settings, found, small=args.small)
+    goals_of(data, settings, found, records, small=args.small)
 
 
-def goals_of(data: Data, settings: Sequence[Setting], found: Mapping[str, Measurement], *, small: bool) -> None:
+def seconds_for_all(part: float, run: Measurement) -> float:
+    return part * run.seconds
+
+
+def goals_of(
+    data: Data, settings: Sequence[Setting], found: Mapping[str, Measurement], records: Records, *, small: bool
+) -> None:
     failed = "; ".join(f"{name}: {run.error}" for name, run in found.items() if run.error)
     if failed:
-        goal("all contenders run", False, failed)
+        records.goal("all contenders run", False, failed)
         return
     sums = found[GRID].value["value"]
     alike = [number for number, setting in enumerate(settings) if setting.ensemble == "clustering"]
     for name in (NUMPY, TORCH):
         theirs = found[name].value["value"]
         apart = np.abs(sums[alike, : theirs.shape[1]] / theirs - 1).max()
-        goal(
+        records.goal(
             f"sums of {theirs.size} documents and settings equal to {AGREE:g} ({name})", apart <= AGREE, f"{apart:.1e}"
         )
     reported = ~selection_documents(sums.shape[1])
     expected = np.exp(sums[:, reported].sum(axis=1) / np.diff(data.offsets())[reported].sum())
     given = np.array([one["perplexity"] for one in found[WHOLE].value["value"]])
     apart = np.abs(given / expected - 1).max()
-    goal(
+    records.goal(
         f"{len(given)} perplexities of evaluate equal to {AGREE:g} to those of the sums", apart <= AGREE, f"{apart:.1e}"
     )
     for name in (GRID, WHOLE) if not small else ():
         run = found[name]
         text = f"{name}, {len(settings)} settings of {data.tokens:,} tokens x {data.experts} experts"
-        goal(f"{text} < {LIMIT_S} s", run.seconds < LIMIT_S, f"{run.seconds:.1f} s")
+        records.goal(f"{text} < {LIMIT_S} s", run.seconds < LIMIT_S, f"{run.seconds:.1f} s")
         resident = run.peak_total_bytes
-        goal(f"{text} < {LIMIT_BYTES / 1e9:g} GB resident", resident < LIMIT_BYTES, f"{resident / 1e9:.2f} GB")
+        records.goal(f"{text} < {LIMIT_BYTES / 1e9:g} GB resident", resident < LIMIT_BYTES, f"{resident / 1e9:.2f} GB")
 
 
 class Fed:
@@ -282,7 +295,7 @@ class Fed:
         model.get_input_embeddings().register_forward_pre_hook(count)
 
 
-def count_passes(config: EvaluateConfig, n_experts: int) -> None:
+def count_passes(config: EvaluateConfig, n_experts: int, records: Records) -> None:
     """Print how often the text goes through the experts, for one setting and for all.
 
     Raises:
@@ -322,7 +335,7 @@ def count_passes(config: EvaluateConfig, n_experts: int) -> None:
         if passes != n_experts:
             raise SystemExit(f"{n_settings} settings of {n_experts} experts took {passes:g} passes over the text")
     print()
-    goal(f"{n_experts} experts take {n_experts} forward passes over the text, whatever the settings", True)
+    records.goal(f"{n_experts} experts take {n_experts} forward passes over the text, whatever the settings", True)
 
 
 def _scores_of(model: Any, rows: list[NDArray[np.int64]], length: int) -> NDArray[np.float32]:
@@ -350,6 +363,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="longest work of one contender")
     parser.add_argument("--threads", type=int, default=2, help="threads of every process")
     parser.add_argument("--folder", type=Path, help="where the files are made, and removed; 1 GB")
+    add_json_argument(parser)
     return parser.parse_args()
 
 
@@ -368,17 +382,18 @@ def main() -> None:
     print(f"{hardware('numpy', 'torch')}; {threads}; median of {args.repeats}\n")
     if args.small:
         print("few tokens, figures mean nothing\n")
+    records = Records(args.json)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         data = Data(Path(name), args.tokens, args.experts, args.peer_tokens)
         data.make()
         sizes = [file.stat().st_size for file in Path(name).iterdir()]
         print(f"{args.tokens:,} tokens x {args.experts} experts, {sum(sizes) / 1e6:,.0f} MB of files, "
               f"{len(data.offsets()) - 1} documents")  # fmt: skip
-        compare(data, config, args)
+        compare(data, config, args, records)
     print()
     few = 8
     count_passes(config.model_copy(update={"top_k": tuple(sorted({min(few, count) for count in config.top_k or ()}))}),
-                 few)  # fmt: skip
+                 few, records)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ try:
         Measurement,
         add_text_arguments,
         alternate,
-        goal,
         hardware,
         header,
         limit_threads,
@@ -37,6 +36,7 @@ try:
         row,
         text_of,
     )
+    from records import Records, add_json_argument
     from router import CLUSTERS, Fitted
     from transformers import LogitsProcessor
 
@@ -179,7 +179,7 @@ def cached(case: Case, top_ks: Sequence[int], threads: int) -> Callable[[], Any]
 # --- tables ---
 
 
-def compare(case: Case, args: argparse.Namespace) -> None:
+def compare(case: Case, args: argparse.Namespace, records: Records) -> None:
     n_experts = case.router.n_clusters
     top_ks = sorted({1, min(2, n_experts), n_experts})
     ours = {f"mixture, top-{top_k}" if top_k < n_experts else "mixture, all": top_k for top_k in top_ks}
@@ -192,17 +192,23 @@ def compare(case: Case, args: argparse.Namespace) -> None:
     found = {name: median(some) for name, some in runs.items()}
     header("", "tokens/s", "range", "ratio to the text over again", "share of tokens fed", "peak MB", "apart by")
     n_new = len(case.documents) * case.new
+    title = f"{n_experts} experts, prompt of {case.prompt}, {case.new} new tokens"
     for name, run in found.items():
         if run.error:
             row(name, "failed: " + run.error, *[""] * 5)
+            records.measured(title, name, runs[name], unit="tokens/s")
             continue
         speeds = [n_new / one.seconds for one in runs[name]]
         shares = run.value.get("fed")
         row(name, f"{n_new / run.seconds:.1f}", f"{min(speeds):.1f}-{max(speeds):.1f}",
             f"{found[ANEW].seconds / run.seconds:.1f}", "" if shares is None else f"{shares:.3f}",
             f"{run.peak_bytes / 1e6:,.0f}", f"{apart_from(found[ANEW], run):.1e}")  # fmt: skip
+        note = "" if shares is None else f"{shares:.2f} of the tokens fed"
+        records.add(
+            title, name, "tokens/s", speeds, peak_bytes=run.peak_bytes, is_ours=ours.get(name) == n_experts, note=note
+        )
     print()
-    goals_of(found, ours)
+    goals_of(found, ours, records)
 
 
 def apart_from(peer: Measurement, run: Measurement) -> float:
@@ -213,10 +219,10 @@ def apart_from(peer: Measurement, run: Measurement) -> float:
     return max(float(np.abs(values - theirs[top_k]).max()) for top_k, values in run.value["log_probs"].items())
 
 
-def goals_of(found: Mapping[str, Measurement], ours: Mapping[str, int]) -> None:
+def goals_of(found: Mapping[str, Measurement], ours: Mapping[str, int], records: Records) -> None:
     for name in ours:
         apart = apart_from(found[ANEW], found[name])
-        goal(f"{name}: log-probabilities equal to 1e-4", apart <= 1e-4, found[name].error or f"{apart:.1e}")
+        records.goal(f"{name}: log-probabilities equal to 1e-4", apart <= 1e-4, found[name].error or f"{apart:.1e}")
 
 
 def parse() -> argparse.Namespace:
@@ -229,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens that are given")
     parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens that are generated")
     add_text_arguments(parser)
+    add_json_argument(parser)
     return parser.parse_args()
 
 
@@ -258,7 +265,8 @@ def main() -> None:
         )
         if args.small:
             print("tiny shapes, figures mean nothing\n")
-        compare(case, args)
+        records = Records(args.json)
+        compare(case, args, records)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ from cbtm.merge.router import PrefixRouter
 
 if TYPE_CHECKING:
     from corpora import Text
+    from records import Records
 
 DIMENSIONS = 100
 CLUSTERS = 8
 TOKEN = re.compile(r" ?[^\W_]{1,5}| ?[^\w\s]{1,4}|_|\s+")
 PROSE, CODE = "prose", "code"
+PEER, OURS, STREAM = "scikit-learn", "cbtm router", "cbtm stream"
 GOALS = {PROSE: 100, CODE: 30}  # times scikit-learn, at the longest document
 Starts = Callable[[str], Sequence[int]]  # the character at which each token of a text starts
 Document = tuple[str, NDArray[np.int64]]  # and where each of its tokens starts
@@ -185,13 +187,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(contenders: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each."""
+def in_turns(contenders: Sequence[Callable[[], object]], repeats: int) -> list[tuple[float, ...]]:
+    """Seconds of each repeat, for each contender."""
     times = [[seconds(contender) for contender in contenders] for _ in range(repeats)]
-    return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
+    return list(zip(*times, strict=True))
 
 
-def compare(fitted: Fitted, kind: str, document: Document, repeats: int) -> float:
+def compare(fitted: Fitted, kind: str, document: Document, repeats: int, records: "Records") -> float:
     """One row of the table; how many times faster the router is."""
     import corpora
 
@@ -199,32 +201,42 @@ def compare(fitted: Fitted, kind: str, document: Document, repeats: int) -> floa
     expected = fitted.vectorised(*document)  # the first run of each is not timed
     apart = max(np.abs(found(*document) - expected).max() for found in (fitted.routed, fitted.streamed))
     contenders = [lambda: fitted.vectorised(*document), lambda: fitted.routed(*document)]
-    peer, ours, stream = in_turns([*contenders, lambda: fitted.streamed(*document)], repeats)
+    times = in_turns([*contenders, lambda: fitted.streamed(*document)], repeats)
+    peer, ours, stream = map(statistics.median, times)
+    for name, of_one in zip((PEER, OURS, STREAM), times, strict=True):
+        milliseconds, note = [1e3 * s for s in of_one], f"distances apart by {apart:.1e}" * (name == OURS)
+        records.add(f"{kind}, {len(starts):,} tokens", name, "ms", milliseconds, is_ours=name == OURS, note=note)
     corpora.row(kind, len(starts), starts[-1], f"{peer:.3f}", f"{ours * 1e3:.2f}", f"{peer / ours:.0f}",
                 f"{stream * 1e3:.2f}", f"{stream / len(starts) * 1e6:.1f}", f"{apart:.1e}")  # fmt: skip
     return peer / ours
 
 
-def compare_many(fitted: Fitted, documents: Sequence[Document], peer_documents: int, repeats: int) -> float:
+def compare_many(
+    fitted: Fitted, documents: Sequence[Document], peer_documents: int, repeats: int, records: "Records"
+) -> float:
     """Many short documents; seconds of the router for all of them."""
     import corpora
 
     few = documents[:peer_documents]
     work = [
-        (fitted.vectorised, few, "scikit-learn"),
-        (fitted.routed, documents, "router"),
-        (fitted.streamed, few, "stream"),
+        (fitted.vectorised, few, PEER),
+        (fitted.routed, documents, OURS),
+        (fitted.streamed, few, STREAM),
     ]
     times = in_turns([lambda f=f, of=of: [f(*document) for document in of] for f, of, _ in work], repeats)
     corpora.header("", "documents", "positions", "s", "positions/s")
-    for (_, of, name), took in zip(work, times, strict=True):
+    medians = [statistics.median(of_one) for of_one in times]
+    for (_, of, name), took, of_one in zip(work, medians, times, strict=True):
         positions = sum(len(starts) for _, starts in of)
+        speeds, note = [positions / s for s in of_one], f"{len(of)} documents"
+        records.add("many documents of 255 tokens", name, "positions/s", speeds, is_ours=name == OURS, note=note)
         corpora.row(name, len(of), positions, f"{took:.2f}", f"{positions / took:,.0f}")
-    return times[1]
+    return medians[1]
 
 
 def parse() -> argparse.Namespace:
     from corpora import add_text_arguments  # which takes `docstrings` from here
+    from records import add_json_argument
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="little text, short documents")
@@ -236,11 +248,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routed-documents", type=int, default=800, metavar="N", help="of 255 tokens")
     parser.add_argument("--peer-documents", type=int, default=40, metavar="N", help="of them for scikit-learn")
     add_text_arguments(parser)
+    add_json_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    from corpora import goal, hardware, header, limit_threads, text_of
+    from corpora import hardware, header, limit_threads, text_of
+    from records import Records
 
     args = parse()
     if args.small:
@@ -251,6 +265,7 @@ def main() -> None:
     texts = list(text.texts())
     kinds = kinds_of_text(text, {PROSE: args.prose.split(","), CODE: args.code.split(",")})
     lengths, starts_of = [int(length) for length in args.lengths.split(",")], starts_by(args.tokenizer)
+    records = Records(args.json)
     with threadpool_limits(args.threads or None):
         fitted = Fitted.on(texts)
         print(
@@ -264,21 +279,22 @@ def main() -> None:
         header("text", "tokens", "characters", "scikit-learn s", "router ms", "ratio", "stream ms",
                "stream µs/token", "largest difference")  # fmt: skip
         ratios = {
-            (kind, length): compare(fitted, kind, documents_of(of_kind, starts_of, length, count=1)[0], args.repeats)
+            (kind, length): compare(
+                fitted, kind, documents_of(of_kind, starts_of, length, count=1)[0], args.repeats, records
+            )
             for kind, of_kind in kinds.items()
             for length in lengths
         }
         print()
         routed = text if args.routed_split is None else replace(text, split=args.routed_split)
         many = documents_of(routed.texts(), starts_of, 255, args.routed_documents)
-        routed_s = compare_many(fitted, many, args.peer_documents, args.repeats)
+        routed_s = compare_many(fitted, many, args.peer_documents, args.repeats, records)
     print()
-    if args.small:
-        return
-    for kind in kinds:
+    for kind in kinds if not args.small else ():
         wanted, ratio = GOALS.get(kind, GOALS[PROSE]), ratios[kind, lengths[-1]]
-        goal(f"{kind}, {lengths[-1]} tokens: >= {wanted}x scikit-learn", ratio >= wanted, f"{ratio:.0f}x")
-    goal(f"{len(many)} documents x 255 positions < 1 s", routed_s < 1, f"{routed_s:.2f} s")
+        records.goal(f"{kind}, {lengths[-1]} tokens: >= {wanted}x scikit-learn", ratio >= wanted, f"{ratio:.0f}x")
+    if not args.small:
+        records.goal(f"{len(many)} documents x 255 positions < 1 s", routed_s < 1, f"{routed_s:.2f} s")
 
 
 if __name__ == "__main__":

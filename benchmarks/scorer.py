@@ -30,7 +30,8 @@ from typing import Any
 try:
     import numpy as np
     import torch
-    from corpora import Measurement, alternate, goal, hardware, header, limit_threads, median, row
+    from corpora import Measurement, alternate, hardware, header, limit_threads, median, row
+    from records import Records, add_json_argument
 
     from cbtm.branch.seed import ScratchModelConfig, create_model
     from cbtm.merge.scorer import LOG_PROBS_FILE, ScoreConfig, score_documents, top_k_needed
@@ -165,7 +166,7 @@ def distances_of(case: Case, routing: str) -> np.ndarray | None:
 # --- tables ---
 
 
-def compare(case: Case, args: argparse.Namespace) -> Callable[[], None]:
+def compare(case: Case, args: argparse.Namespace, records: Records) -> Callable[[], None]:
     """Print the rows of one vocabulary; returns what prints its goals."""
     own_batch = max(1, case.batch_tokens // case.context)
     sizes = sorted({1, own_batch, 8 * own_batch})
@@ -173,9 +174,11 @@ def compare(case: Case, args: argparse.Namespace) -> Callable[[], None]:
     contenders |= {f"{way}, {size} x {case.context}": (peer, case, size, way) for way in WAYS for size in sizes}
     runs = alternate(contenders, repeats=args.repeats, limit_s=args.limit)
     found = {name: median(some) for name, some in runs.items()}
+    title = f"vocabulary {case.vocabulary:,}"
     for name, run in found.items():
         if run.error:
             row(case.vocabulary, name, "failed: " + run.error, *[""] * 5)
+            records.measured(title, name, runs[name], unit="tokens/s")
             continue
         speeds = [case.tokens / one.seconds for one in runs[name]]
         apart = math.nan
@@ -184,31 +187,37 @@ def compare(case: Case, args: argparse.Namespace) -> Callable[[], None]:
         row(case.vocabulary, name, f"{statistics.median(speeds):,.0f}", f"{min(speeds):,.0f}-{max(speeds):,.0f}",
             f"{run.seconds / found[OURS].seconds:.2f}", f"{run.cpu_seconds:.2f}", f"{run.peak_bytes / 1e6:,.0f}",
             f"{apart:.1e}")  # fmt: skip
-    return partial(goals_of, case, found, own_batch, small=args.small)
+        note = "" if name == OURS else f"apart by {apart:.1e}"
+        records.add(title, name, "tokens/s", speeds, peak_bytes=run.peak_bytes, is_ours=name == OURS, note=note)
+    return partial(goals_of, case, found, own_batch, records, small=args.small)
 
 
-def goals_of(case: Case, found: Mapping[str, Measurement], own_batch: int, *, small: bool) -> None:
+def goals_of(case: Case, found: Mapping[str, Measurement], own_batch: int, records: Records, *, small: bool) -> None:
     own = found[OURS]
     others = {name: run for name, run in found.items() if name != OURS and not run.error}
     if own.error or not others:
-        goal(f"V={case.vocabulary}, both score", False, own.error)
+        records.goal(f"V={case.vocabulary}, both score", False, own.error)
         return
     apart = max(float(np.abs(run.value["log_probs"] - own.value["log_probs"]).max()) for run in others.values())
-    goal(f"V={case.vocabulary}, equal to 1e-4", apart <= 1e-4, f"{apart:.1e}")
+    records.goal(f"V={case.vocabulary}, equal to 1e-4", apart <= 1e-4, f"{apart:.1e}")
     if small:
         return
     name, fastest = min(others.items(), key=lambda item: item[1].seconds)
     ratio = fastest.seconds / own.seconds
-    goal(f"V={case.vocabulary}, >= 1.15x the tokens/s of the fastest loop ({name})", ratio >= 1.15, f"{ratio:.2f}x")
+    records.goal(
+        f"V={case.vocabulary}, >= 1.15x the tokens/s of the fastest loop ({name})", ratio >= 1.15, f"{ratio:.2f}x"
+    )
     alike = [run for name, run in others.items() if name.split(", ")[1] == f"{own_batch} x {case.context}"]
     if not alike:
-        goal(f"V={case.vocabulary}, a fifth of the memory", False, "no loop of as many tokens at once")
+        records.goal(f"V={case.vocabulary}, a fifth of the memory", False, "no loop of as many tokens at once")
         return
     share = own.peak_bytes / min(run.peak_bytes for run in alike)
-    goal(f"V={case.vocabulary}, <= a fifth of the memory of the loop that feeds as much", share <= 0.2, f"{share:.3f}")
+    records.goal(
+        f"V={case.vocabulary}, <= a fifth of the memory of the loop that feeds as much", share <= 0.2, f"{share:.3f}"
+    )
 
 
-def compare_experts(case: Case, args: argparse.Namespace) -> Callable[[], None]:
+def compare_experts(case: Case, args: argparse.Namespace, records: Records) -> Callable[[], None]:
     """Print what all experts cost with each routing; returns what prints the goals."""
     runs = alternate(
         {routing: (experts, case, routing) for routing in (ALL, COHERENT, RANDOM)},
@@ -216,7 +225,10 @@ def compare_experts(case: Case, args: argparse.Namespace) -> Callable[[], None]:
         limit_s=args.limit,
     )
     found = {name: median(some) for name, some in runs.items()}
+    title = f"vocabulary {case.vocabulary:,}, top-{case.top_k} of {case.experts} experts"
     for name, run in found.items():
+        share = "" if run.error else f"{statistics.mean(run.value['compute_share']):.2f} of the FLOPs"
+        records.measured(title, name, runs[name], is_ours=name == ALL, note=share)
         if run.error:
             row(case.vocabulary, name, "failed: " + run.error, *[""] * 5)
             continue
@@ -230,7 +242,7 @@ def compare_experts(case: Case, args: argparse.Namespace) -> Callable[[], None]:
         for name in (COHERENT, RANDOM) if not args.small else ():
             ratio = found[ALL].seconds / found[name].seconds
             text = f"V={case.vocabulary}, top-{case.top_k} of {case.experts} {name}, >= 1.5x over all"
-            goal(text, ratio >= 1.5, found[name].error or found[ALL].error or f"{ratio:.2f}x")
+            records.goal(text, ratio >= 1.5, found[name].error or found[ALL].error or f"{ratio:.2f}x")
 
     return goals
 
@@ -250,6 +262,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=900, metavar="SECONDS", help="longest work of one contender")
     parser.add_argument("--threads", type=int, default=1, help="threads of every process; 0 leaves it to the libraries")
+    add_json_argument(parser)
     return parser.parse_args()
 
 
@@ -280,16 +293,16 @@ def main() -> None:
     )
     if args.small:
         print("small shapes, figures mean nothing\n")
-    goals = []
+    goals, records = [], Records(args.json)
     if args.documents:
         print(f"one model, {args.documents} documents\n")
         header("vocabulary", "", "tokens/s", "range", "s to cbtm", "CPU s", "peak MB", "apart by")
-        goals += [compare(case, args) for case in cases]
+        goals += [compare(case, args, records) for case in cases]
         print()
     if args.routed_documents:
         print(f"top-{args.top_k} of {args.experts} experts, {args.routed_documents} documents\n")
         header("vocabulary", "", "s", "range", "ratio to all", "share of compute", "fed", "scored")
-        goals += [compare_experts(replace(case, documents=args.routed_documents), args) for case in cases]
+        goals += [compare_experts(replace(case, documents=args.routed_documents), args, records) for case in cases]
         print()
     for tell in goals:
         tell()

@@ -36,7 +36,8 @@ from typing import Any
 
 try:
     import torch
-    from corpora import Measurement, add_text_arguments, goal, hardware, header, limit_threads, measure, row, text_of
+    from corpora import Measurement, add_text_arguments, hardware, header, limit_threads, measure, row, text_of
+    from records import Records, add_json_argument
     from trainings import WARM_UP, Case, ours, peer, write_random_tokens, write_text_tokens
 
     from cbtm.branch.seed import ScratchModelConfig
@@ -157,19 +158,23 @@ def facts_of(own: Case, runs: Sequence[Measurement]) -> dict[str, Any]:
     return facts
 
 
-def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+def compare(case: Case, args: argparse.Namespace, records: Records) -> dict[str, Any]:
     """Print the rows of one model; returns what was found."""
     rows: dict[str, Any] = {}
     for name, (own, runs) in take_turns(case, args).items():
         facts = rows[name] = facts_of(own, runs)
         if "error" in facts:
             row(case.name, name, "failed: " + facts["error"], *[""] * 5)
+            records.measured(case.name, name, runs, unit="tokens/s")
             continue
         speed, speeds = facts["tokens_per_second"], facts["speeds"]
         row(case.name, name, f"{speed:,.0f}", f"{min(speeds):,.0f}-{max(speeds):,.0f}",
             f"{speed / rows[OURS].get('tokens_per_second', math.nan):.3f}",
             "" if facts["utilisation"] is None else f"{100 * facts['utilisation']:.1f} %",
             f"{facts['peak_bytes'] / 1e6:,.0f}", own.micro)  # fmt: skip
+        peak, used = facts["peak_bytes"], facts["utilisation"]
+        note = "" if used is None else f"{100 * used:.1f} % of the device's FLOPs"
+        records.add(case.name, name, "tokens/s", speeds, peak_bytes=peak, is_ours=name == OURS, note=note)
         if args.profile is not None:
             file = args.profile / f"{case.name}-{name}.txt".replace(" ", "-").replace(",", "")
             run = measure(PREPARE[name], replace(own, steps=min(own.steps, 3), profile=file), limit_s=args.limit)
@@ -177,32 +182,34 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return {"case": case.name, "context": case.context, "sequences": case.sequences, "rows": rows}
 
 
-def goals_of(case: Case, own: Mapping[str, Any], other: Mapping[str, Any], *, small: bool) -> None:
+def goals_of(case: Case, own: Mapping[str, Any], other: Mapping[str, Any], records: Records, *, small: bool) -> None:
     """Print whether the goals of one model are met."""
     if "error" in own or "error" in other:
-        goal(f"{case.name}, both train", False, own.get("error", "") or other.get("error", ""))
+        records.goal(f"{case.name}, both train", False, own.get("error", "") or other.get("error", ""))
         return
     pairs = list(zip(own["losses"], other["losses"], strict=True))
     apart = max(abs(a - b) / b for a, b in pairs)
     tolerance = 1e-4 if case.precision == "float32" else 1e-2  # rounding, which grows with the steps
-    goal(f"{case.name}, equal losses to {tolerance:g} in all of {len(pairs)} steps", apart <= tolerance, f"{apart:.1e}")
+    records.goal(
+        f"{case.name}, equal losses to {tolerance:g} in all of {len(pairs)} steps", apart <= tolerance, f"{apart:.1e}"
+    )
     if small:
         return
     ratio, memory = (own[figure] / other[figure] for figure in ("tokens_per_second", "peak_bytes"))
     least = 1.3 if case.device == "cuda" else 1.25
-    goal(f"{case.name}, >= {least}x the tokens/s of the {PEER}", ratio >= least, f"{ratio:.3f}x")
-    goal(f"{case.name}, a peak of memory below its own", memory < 1, f"{memory:.2f} of it")
+    records.goal(f"{case.name}, >= {least}x the tokens/s of the {PEER}", ratio >= least, f"{ratio:.3f}x")
+    records.goal(f"{case.name}, a peak of memory below its own", memory < 1, f"{memory:.2f} of it")
     if case.device == "cuda":
         share = own["utilisation"] or math.nan
-        goal(f"{case.name}, >= 50 % of the GPU's FLOPs", share >= 0.5, f"{100 * share:.1f} %")
+        records.goal(f"{case.name}, >= 50 % of the GPU's FLOPs", share >= 0.5, f"{100 * share:.1f} %")
 
 
-def print_comparison(cases: Sequence[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
+def print_comparison(cases: Sequence[Case], args: argparse.Namespace, records: Records) -> list[dict[str, Any]]:
     header("model", "", "tokens/s", "range", "ratio to cbtm", "MFU", "peak MB", "micro-batch")
-    found = [compare(case, args) for case in cases]
+    found = [compare(case, args, records) for case in cases]
     print()
     for case, one in zip(cases, found, strict=True):
-        goals_of(case, one["rows"][OURS], one["rows"][PEER], small=args.small)
+        goals_of(case, one["rows"][OURS], one["rows"][PEER], records, small=args.small)
     for one in found:
         known = next((facts for facts in one["rows"].values() if "error" not in facts), None)
         if known:
@@ -256,7 +263,7 @@ def whole_run(case: Case, database: Path | None, often: Mapping[str, int]) -> Ca
     return work
 
 
-def overheads_of(case: Case, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def overheads_of(case: Case, folder: Path, args: argparse.Namespace, records: Records) -> dict[str, Any]:
     """Print the rows of one model with and without checkpoints and tracking; returns what was found."""
     often = {"checkpoint_every": 10, "log_every": 2} if args.small else {"checkpoint_every": 200, "log_every": 20}
     contenders: dict[str, tuple[Path | None, dict[str, int]]] = {BARE: (None, {}), FULL: (folder / "mlflow.db", often)}
@@ -274,13 +281,16 @@ def overheads_of(case: Case, folder: Path, args: argparse.Namespace) -> dict[str
             what: statistics.median(getattr(run, what) for run in measured) for what in ("seconds", "cpu_seconds")
         }
         found["rows"][name] = facts | {"all_seconds": [run.seconds for run in measured]}
+        inside = f"{100 * (facts['checkpoints'] + facts['tracking']):.2f} % in checkpoints and tracking"
+        note = f"{inside}, waits for data {100 * facts['data']:.3f} %"
+        records.measured(case.name, name, measured, is_ours=name == BARE, note=note)
         ratios = [facts[what] / found["rows"][BARE][what] for what in ("seconds", "cpu_seconds")]
         row(case.name, name, f"{facts['seconds']:.2f}", f"{facts['cpu_seconds']:.2f}", *(f"{r:.4f}" for r in ratios),
             *(f"{100 * facts[what]:.3f} %" for what in ("checkpoints", "tracking", "beside", "data")))  # fmt: skip
     return found
 
 
-def print_overheads(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+def print_overheads(folder: Path, args: argparse.Namespace, records: Records) -> list[dict[str, Any]]:
     """Rows and goals of all models: the vocabularies on random tokens, then the text."""
     args.steps = args.steps or (20 if args.small else 600)
     cases = cpu_cases(folder, args)
@@ -292,14 +302,16 @@ def print_overheads(folder: Path, args: argparse.Namespace) -> list[dict[str, An
     print(f"{text}: {size}\n")
     header("model", "", "s", "CPU s", "s to bare", "CPU s to bare", "in checkpoints", "in tracking",
            "CPU of other threads", "waits for data")  # fmt: skip
-    found = [overheads_of(case, folder, args) for case in cases]
+    found = [overheads_of(case, folder, args, records) for case in cases]
     print()
     for one in found if not args.small else ():
         facts, bare = one["rows"][FULL], one["rows"][BARE]
         more, inside = facts["seconds"] / bare["seconds"] - 1, facts["checkpoints"] + facts["tracking"]
-        goal(f"{one['case']}, < 3 % of the time in checkpoints and tracking", inside < 0.03, f"{100 * inside:.2f} %")
-        goal(f"{one['case']}, < 3 % more time than without", more < 0.03, f"{100 * more:.2f} %")
-        goal(f"{one['case']}, waits for data < 1 %", facts["data"] < 0.01, f"{100 * facts['data']:.3f} %")
+        records.goal(
+            f"{one['case']}, < 3 % of the time in checkpoints and tracking", inside < 0.03, f"{100 * inside:.2f} %"
+        )
+        records.goal(f"{one['case']}, < 3 % more time than without", more < 0.03, f"{100 * more:.2f} %")
+        records.goal(f"{one['case']}, waits for data < 1 %", facts["data"] < 0.01, f"{100 * facts['data']:.3f} %")
     return found
 
 
@@ -318,6 +330,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="profile each contender in a run of its own")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all figures as JSON")
     add_text_arguments(parser, limit_s=1800)
+    add_json_argument(parser)
     return parser.parse_args()
 
 
@@ -342,12 +355,13 @@ def main() -> None:
         print(f"{where}small shapes, figures mean nothing\n")
     if args.profile is not None:
         args.profile.mkdir(parents=True, exist_ok=True)
+    records = Records(args.json)
     with tempfile.TemporaryDirectory() as folder:
         if args.overheads:
-            found = print_overheads(Path(folder), args)
+            found = print_overheads(Path(folder), args, records)
         else:
             cases = gpu_cases if args.device == "cuda" else cpu_cases
-            found = print_comparison(cases(Path(folder), args), args)
+            found = print_comparison(cases(Path(folder), args), args, records)
     if args.output is not None:
         settings = {"hardware": machine, "threads": args.threads, "command": command, "small": args.small,
                     "warm_up_steps": WARM_UP, "repeats": args.repeats}  # fmt: skip

@@ -28,12 +28,17 @@ def corpus_sample(
 def corpus_import(
     source: Annotated[Path, typer.Argument(help="Folder of text files, or of JSON lines.")],
     root: Annotated[Path, typer.Argument(help="Folder to write.")],
+    name: Annotated[
+        str, typer.Option(help="Name of the files, without suffix; two corpora that one run reads need two names.")
+    ] = "text",
     replace: ReplaceOption = False,
 ) -> None:
     """Turn a folder of text into a corpus with a held-out validation split."""
     from cbtm.corpora.folder import import_folder
 
-    summary = import_folder(source, root, replace=replace, progress=say)
+    if not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"--name {name!r} is no name of a file; use letters and digits")
+    summary = import_folder(source, root, name=name, replace=replace, progress=say)
     typer.echo(f"{summary.root} train={summary.n_train} valid={summary.n_valid} bytes={summary.n_bytes}")
 
 

@@ -135,20 +135,32 @@ def load(uri: str) -> Manifest:
 
 def load_if_there(uri: str) -> Manifest | None:
     """Read the manifest at `uri`, or None where there is none."""
-    if not storage.exists(uri):
-        return None
+    folder, _, name = uri.rpartition("/")
+    return load_each(folder, [name])[name]
+
+
+def load_each(root: str, names: Sequence[str]) -> dict[str, Manifest | None]:
+    """Read the manifests `names` below `root`, None for one that is not there; several at once from S3."""
+    texts = storage.read_each(root, names)
+    return {name: None if text is None else _parsed(text, storage.join(root, name)) for name, text in texts.items()}
+
+
+def _parsed(text: bytes, uri: str) -> Manifest:
     try:
-        return Manifest.model_validate_json(storage.read_bytes(uri))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise ManifestError(f"{uri} is no manifest of format 1: {first['msg']}; remove it to build again") from None
 
 
+def answers(manifest: Manifest, spec: StageSpec) -> bool:
+    """Tell whether `manifest` is of the configuration and the inputs of `spec`."""
+    return manifest.config_digest == spec.config_digest and manifest.inputs == dict(spec.inputs)
+
+
 def is_current(spec: StageSpec, manifest: Manifest | None) -> bool:
     """Tell whether `manifest` answers to `spec` and all its files are there in their full size."""
-    if manifest is None or manifest.stage != spec.stage:
-        return False
-    if manifest.config_digest != spec.config_digest or manifest.inputs != dict(spec.inputs):
+    if manifest is None or manifest.stage != spec.stage or not answers(manifest, spec):
         return False
     missing = _damaged(spec.root, manifest)
     if missing:
@@ -157,24 +169,37 @@ def is_current(spec: StageSpec, manifest: Manifest | None) -> bool:
 
 
 def fetch(root: str, manifest: Manifest, paths: Sequence[str], target: Path) -> Path:
-    """Bring files of a manifest to this machine and check every sha256.
+    """Bring files of one manifest to this machine, as `fetch_all` does."""
+    return fetch_all(root, [(manifest, paths)], target)
+
+
+def fetch_all(root: str, wanted: Sequence[tuple[Manifest, Sequence[str]]], target: Path) -> Path:
+    """Bring files of several manifests with one root to this machine, all in one go, and check every sha256.
 
     Local files are not copied: the folder they lie in is returned.
 
+    Args:
+        root: Where the files of all of them lie.
+        wanted: Each manifest with the paths of the files that are wanted of it.
+        target: Folder that receives what is not on this machine.
+
     Raises:
-        ManifestError: If a file differs from what the manifest says.
+        ManifestError: If a file differs from what its manifest says.
     """
-    wanted = {entry.path: entry for entry in manifest.files}
-    for path in paths:
-        if path not in wanted:
-            raise ManifestError(f"{root}: {path} is not in the manifest of stage {manifest.stage}")
+    entries: dict[str, FileEntry] = {}
+    for manifest, paths in wanted:
+        known = {entry.path: entry for entry in manifest.files}
+        for path in paths:
+            if path not in known:
+                raise ManifestError(f"{root}: {path} is not in the manifest of stage {manifest.stage}")
+            entries[path] = known[path]
     if not storage.is_s3(root):
         folder = storage.local_path(root)
     else:
         folder = target
-        storage.download(root, folder, paths)
-    for path in paths:
-        _check_file(folder / path, wanted[path], root)
+        storage.download(root, folder, list(entries))
+    for path, entry in entries.items():
+        _check_file(folder / path, entry, root)
     return folder
 
 

@@ -6,6 +6,7 @@ corpus gives the same groups on every machine.
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +38,8 @@ class ShardGroup(BaseModel):
         part: Whether its documents train or validate.
         split: Path of the split below the corpus root.
         files: Its files, sorted by path.
+        corpus_root: Root that the paths are relative to, where that is not the plan's: text that another run has
+            validated on, and that a run which extends it goes on with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +48,7 @@ class ShardGroup(BaseModel):
     part: Part
     split: str
     files: tuple[PlannedFile, ...]
+    corpus_root: str | None = None
 
     @property
     def digest(self) -> str:
@@ -76,15 +80,26 @@ class Plan(BaseModel):
         Raises:
             ManifestError: If the plan has none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
+        if (group := self._by_name.get(name)) is not None:
+            return group
         raise ManifestError(f"the plan has no shard group {name!r}; it has {', '.join(g.name for g in self.groups)}")
 
     def digest(self, part: Part) -> str:
         """Identity of the text of one part."""
+        return self._digests[part]
+
+    @cached_property
+    def _by_name(self) -> dict[str, ShardGroup]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def _digests(self) -> dict[Part, str]:
         # By file, not by group: how the work is divided changes nothing that is made of the whole.
-        return digest_of([[file.path, file.digest] for group in self.part(part) for file in group.files])
+        parts: tuple[Part, ...] = ("train", "validation")
+        return {
+            part: digest_of([[file.path, file.digest] for group in self.part(part) for file in group.files])
+            for part in parts
+        }
 
 
 def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = None) -> Plan:
@@ -107,6 +122,7 @@ def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = 
     known = {
         (file.path, file.size, file.version): file.digest
         for group in (previous.groups if previous and previous.corpus_root == corpus.root else ())
+        if group.corpus_root is None
         for file in group.files
     }
     groups = [
@@ -114,6 +130,69 @@ def make_plan(corpus: CorpusConfig, *, max_groups: int, previous: Plan | None = 
         *_groups(corpus, "validation", validation, max_groups, known),
     ]
     return Plan(corpus_root=corpus.root, groups=tuple(groups))
+
+
+def extended_plan(own: Plan, base: Plan) -> Plan:
+    """The plan of a run that extends another: its own text, and behind the other's validation text its own.
+
+    Args:
+        own: Plan of the text that is added.
+        base: Plan of the run that is extended. Of its text only the validation split is read again.
+
+    Raises:
+        DataError: If a file of the added text has the path of one that the other run validated on, a text is trained
+            on here and validated on there or the other way round, or the other run's validation text has changed.
+    """
+    inherited = [
+        group.model_copy(update={"corpus_root": group.corpus_root or base.corpus_root})
+        for group in base.part("validation")
+    ]
+    _check_texts(own, base)
+    for group in inherited:
+        _check_unchanged(group)
+    validation = [
+        group.model_copy(update={"name": f"validation-{number:05d}"})
+        for number, group in enumerate([*inherited, *own.part("validation")])
+    ]
+    return own.model_copy(update={"groups": (*own.part("train"), *validation)})
+
+
+def _check_texts(own: Plan, base: Plan) -> None:
+    """One document has one name, and none is trained on and validated on."""
+    taken = {file.path for group in base.part("validation") for file in group.files}
+    for group in own.groups:
+        for file in group.files:
+            if file.path in taken:
+                raise DataError(
+                    f"{storage.join(own.corpus_root, file.path)} has the same path as a file that the extended run "
+                    "validates on: their documents would have one name; give the added text's files or shards other "
+                    "names (cbtm corpus import --name NAME)"
+                )
+    roles = {"train": "training", "validation": "validation"}
+    for part, other in (("train", "validation"), ("validation", "train")):
+        seen = {file.digest: file.path for group in base.groups if group.part == other for file in group.files}
+        for file in (file for group in own.groups if group.part == part for file in group.files):
+            if file.digest in seen:
+                raise DataError(
+                    f"{storage.join(own.corpus_root, file.path)} is {roles[part]} text here and has the content of "
+                    f"{seen[file.digest]}, {roles[other]} text of the extended run; take it out of one of them"
+                )
+
+
+def _check_unchanged(group: ShardGroup) -> None:
+    root = group.corpus_root
+    assert root is not None
+    there = {file.path: file for file in list_split(root, group.split)}
+    for file in group.files:
+        found = there.get(file.path)
+        if found is not None and (found.size, found.version) == (file.size, file.version):
+            continue
+        if found is None or _content_digest(root, found) != file.digest:
+            raise DataError(
+                f"{storage.join(root, file.path)}, which the extended run validated on, "
+                f"{'is not there any more' if found is None else 'has changed since'}; put it back, or run the "
+                "extended run again on the text as it is"
+            )
 
 
 def _groups(

@@ -3,6 +3,7 @@
 This is the one place that knows where a run's files lie and what depends on what; `cbtm.stages` does the work.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -11,55 +12,52 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from cbtm import manifest as manifests
 from cbtm import storage
-from cbtm.branch.source import folder_digest, is_hub_name, pinned, source_digest
+from cbtm.branch.source import folder_digest, source_digest
 from cbtm.cluster.assigner import CLUSTERS, HELD_OUT_FORMAT, LEARNED, RANDOM, held_out_shard, token_shard
 from cbtm.cluster.clusterer import DECIDING_FILES
 from cbtm.cluster.fixed import FixedAssignments
 from cbtm.cluster.labels import has_labels, labels_digest
 from cbtm.config import digest_of
 from cbtm.corpus import Document, ReadCounts, read_files
-from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, StageSpec
+from cbtm.manifest_cache import ManifestCache
 from cbtm.merge.tasks import task_digest
-from cbtm.plan import Part, Plan, make_plan
-from cbtm.run_config import RunConfig, parse_config, recorded_config
-from cbtm.tokens import TokenDocuments
+from cbtm.plan import Part, Plan
+from cbtm.planned import PlannedRun
+from cbtm.run_config import RunConfig, recorded_config
+from cbtm.tokens import SHARD_SUFFIXES, TokenDocuments
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.job import Shard, Shards
 from cbtm.train.member import Member
 
 RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
 DOCUMENTS_FILE = "documents.csv"
-SOURCES_FILE = "sources.json"
 
 
-class Run:
-    """Files of one run and their identities.
-
-    Args:
-        config: A checked configuration.
-    """
+class Run(PlannedRun):
+    """Files of one run and their identities."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        super().__init__(config)
+        self._manifests = ManifestCache(config.root)
+        self._digests_assigned: dict[Part, dict[str, str]] = {}
 
-    @classmethod
-    def parse(cls, text: str) -> "Run":
-        """Run of a configuration given as YAML or JSON text."""
-        return cls(parse_config(text))
+    def make_plan(self) -> Plan:
+        """List the corpus and write plan.json, if it changed."""
+        plan = super().make_plan()
+        self._digests_assigned.clear()
+        self.__dict__.pop("_given_to_clusters", None)
+        return plan
 
     # --- where things lie ---
 
-    def uri(self, *parts: str) -> str:
-        """URI below the run's root."""
-        return storage.join(self.config.root, *parts)
-
     def member_root(self, member: Member) -> str:
         """Folder of a model."""
+        if self.base is not None and self.taken_over(member):
+            return self.base.member_root(member)
         if member.kind == "seed":
             return self.owner(member).uri("seed")
         return self.uri("averages" if member.kind == "average" else "experts", member.name)
@@ -89,63 +87,15 @@ class Run:
     @property
     def key(self) -> str:
         """Identity of the run in the tracker: same root, same settings, same text."""
-        settings = self.config.model_dump(mode="json", exclude={"tracking", "name"})
+        settings = self.config.model_dump(mode="json", exclude={"tracking", "name", "compare"})
         return digest_of([settings, self.plan_made.digest("train"), self.plan_made.digest("validation")])
-
-    # --- plan ---
-
-    @cached_property
-    def plan_made(self) -> Plan:
-        """The plan, as `plan` wrote it.
-
-        Raises:
-            ManifestError: If the run has not been planned.
-        """
-        plan = self._read_plan()
-        if plan is None:
-            raise ManifestError(f"{self.uri('plan.json')} is not there: run cbtm plan, or the whole run, first")
-        return plan
-
-    def make_plan(self) -> Plan:
-        """List the corpus and write plan.json, if it changed."""
-        previous = self._read_plan()
-        plan = make_plan(self.config.corpus, max_groups=self.config.assign.max_groups, previous=previous)
-        if plan != previous:
-            storage.write_bytes(self.uri("plan.json"), plan.model_dump_json(indent=1).encode())
-        self.__dict__["plan_made"] = plan
-        return plan
-
-    def _read_plan(self) -> Plan | None:
-        uri = self.uri("plan.json")
-        if not storage.exists(uri):
-            return None
-        try:
-            return Plan.model_validate_json(storage.read_bytes(uri))
-        except ValidationError:
-            raise ManifestError(f"{uri} is damaged or of another version; remove it, it is made again") from None
-
-    def pin_sources(self) -> None:
-        """Write down which commits the hub names of this run stand for, so that all of its stages take the same."""
-        paths = (self.config.seed_model.path, self.config.tokenizer.path)
-        found = {path: pinned(path) for path in paths if path is not None and is_hub_name(path)}
-        if found:
-            storage.write_bytes(self.uri(SOURCES_FILE), json.dumps(found, indent=1).encode())
-        self.__dict__["_pinned"] = found
-
-    @cached_property
-    def _pinned(self) -> dict[str, str]:
-        uri = self.uri(SOURCES_FILE)
-        found: dict[str, str] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
-        return found
-
-    def given(self, path: str) -> str:
-        """Path of a given model or tokenizer; a hub name with the commit that it stood for when the run was planned."""
-        return self._pinned.get(path, path) if is_hub_name(path) else path
 
     # --- identity of every output ---
 
     def tokenizer_spec(self) -> StageSpec:
         """Identity of the tokenizer."""
+        if self.base is not None:
+            return self.base.tokenizer_spec()
         if self.shared is not None:
             return self.shared.tokenizer_spec()
         config, seed = self.config.tokenizer, self.config.seed_model
@@ -157,16 +107,23 @@ class Run:
     def cluster_spec(self) -> StageSpec:
         """Identity of the clusterer."""
         config = self.config.cluster
-        inputs = {"corpus": self.plan_made.digest("train")}
-        if config.path is not None:
-            inputs["given"] = folder_digest(config.path, "a clusterer folder")
-        if (fixed := self.fixed_assignments) is not None:
-            inputs["assignments"] = fixed.digest(self.paths("train"))
-        if config.labels is not None:
-            inputs["labels"] = labels_digest(config.labels, self.paths("train"))
+        inputs = {"corpus": self.plan_made.digest("train"), **self._given_to_clusters}
+        if self.base is not None:
+            inputs["extends"] = self.base.load(self.base.cluster_spec()).digest
         if config.needs_tokens:
             inputs["tokenizer"] = self.load(self.tokenizer_spec()).digest
         return StageSpec("cluster", self.uri("clusterer"), config.digest(), inputs)
+
+    @cached_property
+    def _given_to_clusters(self) -> dict[str, str]:
+        config, found = self.config.cluster, {}  # found once: it looks at a file for each corpus file
+        if config.path is not None:
+            found["given"] = folder_digest(config.path, "a clusterer folder")
+        if (fixed := self.fixed_assignments) is not None:
+            found["assignments"] = fixed.digest(self.paths("train"))
+        if config.labels is not None:
+            found["labels"] = labels_digest(config.labels, self.paths("train"))
+        return found
 
     @property
     def clusterer_digest(self) -> str:
@@ -176,7 +133,9 @@ class Run:
         """
         made = self.load(self.cluster_spec())
         deciding = [[file.path, file.sha256] for file in made.files if file.path in DECIDING_FILES]
-        return digest_of([deciding, made.inputs.get("assignments")])
+        # Given assignments and an extension say themselves where the training documents go.
+        decides = made.inputs.get("assignments") if self.base is None else self.base.clusterer_digest
+        return digest_of([deciding, decides])
 
     def assign_spec(self, group: str) -> StageSpec:
         """Identity of one shard group's assignment and token shards."""
@@ -206,6 +165,8 @@ class Run:
 
     def train_spec(self, member: Member) -> StageSpec:
         """Identity of one member."""
+        if self.base is not None and self.taken_over(member):
+            return self.base.train_spec(member)
         seed = self.config.seed_model
         if member.kind == "seed":
             if self.shared is not None:
@@ -292,6 +253,8 @@ class Run:
         """Identity of the result."""
         config = self.config
         inputs: dict[str, str] = {}
+        for spec_of in (self.train_spec, self.score_spec):
+            self._manifests.read_ahead(map(spec_of, [Member("seed"), *config.members]))
         for member in self.scored_members:
             inputs[f"scores/{member.name}"] = self.load(self.score_spec(member)).digest
             if config.tasks:
@@ -320,7 +283,10 @@ class Run:
         return labels if labels is not None and has_labels(labels, self.paths("validation")) else None
 
     def _assigned(self, part: Part) -> dict[str, str]:
-        return {group.name: self.load(self.assign_spec(group.name)).digest for group in self.plan_made.part(part)}
+        if part not in self._digests_assigned:
+            specs = {group.name: self.assign_spec(group.name) for group in self.plan_made.part(part)}
+            self._digests_assigned[part] = self._manifests.digests(specs)
+        return self._digests_assigned[part]
 
     def share(self, member: Member) -> int:
         """Sequences of one member in one step."""
@@ -361,22 +327,8 @@ class Run:
     # --- reading what stages made ---
 
     def load(self, spec: StageSpec) -> Manifest:
-        """Manifest of an output that is to be there.
-
-        Raises:
-            ManifestError: If it is not there, or belongs to another configuration or other inputs.
-        """
-        found = self._cache.get(spec.manifest_uri) or manifests.load(spec.manifest_uri)
-        if found.config_digest != spec.config_digest or found.inputs != dict(spec.inputs):
-            raise ManifestError(
-                f"{spec.manifest_uri} belongs to another configuration or other inputs; run stage {spec.stage} again"
-            )
-        self._cache[spec.manifest_uri] = found
-        return found
-
-    @cached_property
-    def _cache(self) -> dict[str, Manifest]:
-        return {}
+        """Manifest of an output that is to be there, as `ManifestCache.load` gives it."""
+        return self._manifests.load(spec)
 
     def fetch(self, spec: StageSpec, scratch: Path) -> Path:
         """Bring a stage's whole output to this machine, checked."""
@@ -394,6 +346,7 @@ class Run:
 
         They are in the order of the corpus, whatever the clusterer.
         """
+        self._assigned("validation")  # reads all manifests at once
         shards, clusters = [], []
         for group in self.plan_made.part("validation"):
             shard, own = self.held_out_tokens(group.name, scratch)
@@ -417,15 +370,19 @@ class Run:
         return TokenDocuments(shards), clusters
 
     def _train_shards(self, partition: str, clusters: Sequence[int], scratch: Path) -> Shards:
+        self._assigned("train")  # reads all manifests at once
+        groups = self.plan_made.part("train")
+        made = {group.name: self.load(self.assign_spec(group.name)) for group in groups}
+        wanted: dict[str, list[str]] = {name: [] for name in made}
+        there = {name: set(found.paths()) for name, found in made.items()}
         shards = []
-        for cluster in clusters:
-            for group in self.plan_made.part("train"):
-                spec = self.assign_spec(group.name)
-                found = self.load(spec)
-                folder, stem = token_shard(partition, group.split, cluster, group.name)
-                local = manifests.fetch(spec.root, found, found.paths(f"{folder}/{stem}."), scratch / "tokens")
-                shards.append((local / folder, stem))
-        return tuple(shards)
+        for cluster, group in itertools.product(clusters, groups):
+            folder, stem = token_shard(partition, group.split, cluster, group.name)
+            names = {f"{folder}/{stem}{suffix}" for suffix in SHARD_SUFFIXES}
+            wanted[group.name] += sorted(names & there[group.name])
+            shards.append((folder, stem))
+        local = manifests.fetch_all(self.config.root, [(made[n], wanted[n]) for n in made], scratch / "tokens")
+        return tuple((local / folder, stem) for folder, stem in shards)
 
     @property
     def fixed_assignments(self) -> FixedAssignments | None:
@@ -439,13 +396,10 @@ class Run:
 
     def documents(self, part: Part, counts: ReadCounts | None = None) -> Iterator[Document]:
         """Stream the text of one part of the corpus."""
-        corpus = self.config.corpus
-        return read_files(
-            corpus.root,
-            self.paths(part),
-            max_bad_lines=corpus.max_bad_lines,
-            counts=counts if counts is not None else ReadCounts(),
-        )
+        counts = counts if counts is not None else ReadCounts()
+        for group in self.plan_made.part(part):
+            corpus = self.corpus_of(group)
+            yield from read_files(corpus.root, group.paths, max_bad_lines=corpus.max_bad_lines, counts=counts)
 
     def result(self) -> dict[str, Any]:
         """The content of result.json."""

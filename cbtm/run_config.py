@@ -13,6 +13,7 @@ from cbtm import storage
 from cbtm.branch.tokenizer import TokenizerConfig
 from cbtm.cluster.assigner import AssignConfig
 from cbtm.cluster.config import ClusterConfig
+from cbtm.compare_config import CompareConfig
 from cbtm.config import Config, apply_overrides, parse_text, read_file
 from cbtm.corpus import CorpusConfig
 from cbtm.errors import ConfigError
@@ -42,6 +43,8 @@ class RunConfig(Config):
     Attributes:
         name: Name of the run in the tracker.
         root: Folder or s3:// prefix that receives everything the run makes.
+        extends: Folder or s3:// prefix of a finished run that this one adds a domain to: its tokenizer, seed, dense
+            model and experts are taken over where they lie, and `corpus` is the text of the added domain alone.
         corpus: The text.
         tokenizer: The tokenizer.
         cluster: How domains are found.
@@ -56,12 +59,14 @@ class RunConfig(Config):
         evaluate: Which ensembles are compared.
         tasks: Few-shot classification tasks that every model and ensemble answers.
         tracking: The MLflow tracking server.
+        compare: What `cbtm compare` makes of this configuration; a run by itself takes no notice of it.
         shared: Root of a run whose tokenizer, seed model and held-out tokens are taken, with what the seed gives those;
             for runs that differ in the rest, and are compared.
     """
 
     name: str = Field(default="cbtm", min_length=1)
     root: str
+    extends: str | None = Field(default=None, min_length=1)
     shared: str | None = None
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -76,6 +81,7 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     tasks: tuple[TaskConfig, ...] = ()
     tracking: TrackingConfig = TrackingConfig()
+    compare: CompareConfig = CompareConfig()
 
     @field_validator("root")
     @classmethod
@@ -90,8 +96,8 @@ class RunConfig(Config):
         Raises:
             ConfigError: If the batch does not divide among the clusters or the devices, several machines have no root
                 in S3, train.clusters names one that there is not, a top-k is larger than the number of experts, a
-                setting needs scores that are not made, two tasks have one name, or the random-cluster experts have no
-                random clusters.
+                setting needs scores that are not made, two tasks have one name, the random-cluster experts have no
+                random clusters, or a run that extends another asks for what cannot be extended.
         """
         self._check_devices("train", self.train.share(self.cluster.n_clusters), self.train)
         training = self.seed_model.training
@@ -109,8 +115,43 @@ class RunConfig(Config):
                 "between two windows would not be scored"
             )
         self._check_evaluation()
+        if self.extends is not None:
+            self._check_extension(self.extends.rstrip("/"))
         if self.train.random_clusters and not self.assign.random_clusters:
             raise ConfigError("train.random_clusters needs assign.random_clusters=true, which deals the documents")
+
+    def _check_extension(self, base: str) -> None:
+        if f"{self.root}/".startswith(f"{base}/"):
+            raise ConfigError(
+                f"root={self.root} is extends={base} or lies in it, and nothing is written there; give the extended "
+                "run a root of its own"
+            )
+        if self.shared is not None:
+            raise ConfigError(
+                f"shared={self.shared} with extends={base}: tokenizer and seed model are those of the extended run; "
+                "leave shared out"
+            )
+        given = [name for name in ("path", "assignments", "labels") if getattr(self.cluster, name) is not None]
+        if given:
+            raise ConfigError(
+                f"cluster.{given[0]} with extends={base}: the clusterer is that run's with one more centre; leave out "
+                "one of the two"
+            )
+        if self.train.random_clusters:
+            raise ConfigError(
+                f"train.random_clusters with extends={base}: the added text was not dealt to random clusters with the "
+                "others; set train.random_clusters=false"
+            )
+        if self.train.steps_by != "equal":
+            raise ConfigError(
+                f"train.steps_by={self.train.steps_by} with extends={base}: steps in proportion to the tokens of all "
+                "clusters would change those of the experts that are there; use steps_by=equal"
+            )
+        if self.train.cluster_token:
+            raise ConfigError(
+                f"train.cluster_token with extends={base}: the vocabulary of the experts that are there has no token "
+                "for another cluster; train all of them again, without extends"
+            )
 
     def check_shared(self, other: "RunConfig") -> None:
         """Refuse a run to share with that has other text, or makes something else of it.
@@ -232,15 +273,17 @@ def parse_config(text: str, place: PlaceOverrides | None = None) -> RunConfig:
     return _checked(place.apply(values) if place else values, "config")
 
 
-def demo_config(root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str]) -> RunConfig:
-    """Configuration of the demo, which comes with the package, on one corpus."""
-    text = resources.files("cbtm").joinpath("configs/demo.yaml").read_text(encoding="utf-8")
-    values = parse_text(text, source="demo.yaml")
+def demo_config(
+    root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str], *, name: str = "demo"
+) -> RunConfig:
+    """Configuration of the demo, or of the comparison (`compare`), which come with the package, on one corpus."""
+    text = resources.files("cbtm").joinpath(f"configs/{name}.yaml").read_text(encoding="utf-8")
+    values = parse_text(text, source=f"{name}.yaml")
     values |= {
         "root": root,
         "corpus": {"root": corpus, "train_split": train_split, "validation_split": validation_split},
     }
-    return _checked(apply_overrides(values, overrides), "demo.yaml")
+    return _checked(apply_overrides(values, overrides), f"{name}.yaml")
 
 
 def recorded_config(root: str) -> RunConfig:

@@ -119,6 +119,24 @@ def read_bytes(uri: str) -> bytes:
     return s3.read(uri) if is_s3(uri) else _guard(uri, local_path(uri).read_bytes)
 
 
+def read_if_there(uri: str) -> bytes | None:
+    """Read a small file whole, None if it is not there; as `read_each` does."""
+    if is_s3(uri):
+        return s3.read_if_there(uri)
+    return read_bytes(uri) if exists(uri) else None
+
+
+def read_each(uri: str, paths: Sequence[str]) -> dict[str, bytes | None]:
+    """Read each of the small files `paths` below `uri` whole, None for one that is not there; several at once from S3.
+
+    Raises:
+        StorageError: If one that is there cannot be read, or the bucket is not there.
+    """
+    uris = [join(uri, path) for path in paths]
+    texts = s3.in_parallel(s3.read_if_there, uris) if is_s3(uri) else map(read_if_there, uris)
+    return dict(zip(paths, texts, strict=True))
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small file so that readers see the old one or the new one, never a part."""
     if is_s3(uri):

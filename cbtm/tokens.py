@@ -12,10 +12,11 @@ document before it. Old shards and those of plain text have three files.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import pairwise, repeat
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Protocol, Self
+from typing import IO, Any, Literal, Protocol, Self, overload
 
 import numpy as np
 import orjson
@@ -24,7 +25,9 @@ from numpy.typing import NDArray
 from cbtm.errors import DataError
 
 TOKENS, OFFSETS, DOCUMENTS, PROMPTS = ".tokens.npy", ".offsets.npy", ".documents.jsonl", ".prompts.npy"
+SHARD_SUFFIXES = (TOKENS, OFFSETS, DOCUMENTS, PROMPTS)
 _INT64 = "<i8"
+_MAPPED = 200  # files of one kind that are mapped at once
 _UNFINISHED = 1 << 56  # length in the headers of a shard that is being written: no file is that long
 
 
@@ -150,16 +153,20 @@ class TokenDocuments:
 
     def __init__(self, shards: Sequence[tuple[Path, str]]) -> None:
         self._shards = list(shards)
-        self._tokens = [_array(folder / f"{stem}{TOKENS}", mmap_mode="r") for folder, stem in shards]
-        self._offsets = [_array(folder / f"{stem}{OFFSETS}", mmap_mode="r") for folder, stem in shards]
+        self._tokens = _Arrays([folder / f"{stem}{TOKENS}" for folder, stem in shards])
+        self._offsets = _Arrays([folder / f"{stem}{OFFSETS}" for folder, stem in shards])
+        documents, lengths = [], []
         for (folder, stem), tokens, offsets in zip(shards, self._tokens, self._offsets, strict=True):
             if offsets[-1] != len(tokens):
                 raise DataError(f"{folder / stem}: {len(tokens)} tokens but the last document ends at {offsets[-1]}")
+            documents.append(len(offsets) - 1)
+            lengths.append(len(tokens))
         self._prompts = [
-            _prompts(folder / f"{stem}{PROMPTS}", len(offsets) - 1)
-            for (folder, stem), offsets in zip(shards, self._offsets, strict=True)
+            _prompts(folder / f"{stem}{PROMPTS}", count)
+            for (folder, stem), count in zip(shards, documents, strict=True)
         ]
-        self._starts = np.cumsum([0] + [len(tokens) for tokens in self._tokens])
+        self._starts = np.cumsum([0, *lengths])
+        self._n_documents = sum(documents)
 
     @property
     def has_prompts(self) -> bool:
@@ -174,7 +181,7 @@ class TokenDocuments:
     @property
     def n_documents(self) -> int:
         """Documents in all."""
-        return sum(len(offsets) - 1 for offsets in self._offsets)
+        return self._n_documents
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens start … start + length of the stream, across documents and shards; shape (length,).
@@ -271,6 +278,32 @@ class TokenDocuments:
                     yield DocumentRecord(values["sp_id"], values["bytes"])
 
 
+class _Arrays(Sequence[NDArray[Any]]):
+    """Arrays in files, mapped when they are used, of which the last used stay mapped.
+
+    A map holds a file descriptor. A model that is trained on all clusters has clusters x shard groups shards, and 128
+    of 16 are more than the 1,024 descriptors that a process may have in many places.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._mapped = lru_cache(_MAPPED)(partial(_array, mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, place: int) -> NDArray[Any]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[NDArray[Any]]: ...
+
+    def __getitem__(self, place: int | slice) -> NDArray[Any] | list[NDArray[Any]]:
+        if isinstance(place, slice):
+            return [self._mapped(path) for path in self._paths[place]]
+        return self._mapped(self._paths[place])
+
+
 def _write_header(file: IO[bytes], dtype: str, length: int) -> None:
     # numpy pads the header for a growing first axis, so the final length fits where the first one stood.
     file.seek(0)
@@ -280,7 +313,7 @@ def _write_header(file: IO[bytes], dtype: str, length: int) -> None:
 def _prompts(path: Path, n_documents: int) -> NDArray[Any] | None:
     if not path.exists():
         return None
-    prompts = _array(path, mmap_mode="r")
+    prompts = _array(path)  # in memory, 8 bytes a document: maps of it would be one more file for each shard
     if prompts.shape != (n_documents,) or prompts.dtype.kind != "i":
         raise DataError(
             f"{path} has {prompts.dtype} of shape {prompts.shape} but the shard has {n_documents} documents; "

@@ -66,6 +66,9 @@ Some rules span several fields and are checked before any work:
 - `train.random_clusters` needs `assign.random_clusters`.
 - `cluster.n_clusters` is at most `cluster.max_documents` and `cluster.batch_documents`.
 - `cluster.path` and `cluster.assignments` exclude each other.
+- `extends` goes with a `root` outside of that run, one cluster more than it has, its tokenizer, seed model, steps,
+  context length and share of the batch, and without `cluster.path`, `cluster.assignments`, `cluster.labels`,
+  `train.random_clusters`, `train.cluster_token`, `train.steps_by: tokens` and `shared`.
 - `cluster.balance: tokens` needs `cluster.backend: balanced`; so does `cluster.max_documents` above
   `cluster.batch_documents`.
 - `warmup_steps` is below `steps`; in `train`, `micro_batch_size` is at most `sequences_per_step`.

@@ -407,6 +407,16 @@ def test_fetch_refuses_a_file_that_the_manifest_does_not_name(root: str, tmp_pat
     assert not (tmp_path / "fetched").exists()
 
 
+def test_files_of_several_manifests_of_one_root_come_together(root: str, tmp_path: Path):
+    specs = [replace(spec_of(root), manifest_name=f"{name}.json") for name in ("one", "two")]
+    made = [run_stage(spec, Build({f"{spec.manifest_name}.bin": b"x"})) for spec in specs]
+    wanted = [(found, [f"{name}.json.bin"]) for found, name in zip(made, ("one", "two"), strict=True)]
+    folder = manifests.fetch_all(root, wanted, tmp_path / "fetched")
+    assert [(folder / f"{name}.json.bin").read_bytes() for name in ("one", "two")] == [b"x", b"x"]
+    with pytest.raises(ManifestError, match=r"one.json.bin is not in the manifest of stage stage"):
+        manifests.fetch_all(root, [(made[1], ["one.json.bin"])], tmp_path / "fetched")
+
+
 # --- identity ---
 
 

@@ -25,7 +25,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, NoCredentialsError, ReadTimeoutError, SSLError
 
-from cbtm import outage, s3, storage
+from cbtm import outage, s3, s3_errors, storage
 from cbtm.errors import ConfigError, StorageError
 from cbtm.manifest import StageSpec, fetch, run_stage
 from cbtm.process import s3_patience, stage_process
@@ -467,7 +467,7 @@ def refusal(status: int, code: str) -> ClientError:
     ids=str,
 )
 def test_what_may_pass_by_itself_is_told_from_what_does_not(error: Exception, passes: bool):
-    assert s3._is_transient(error) is passes
+    assert s3_errors.is_transient(error) is passes
 
 
 def test_a_missing_endpoint_scheme_or_missing_credentials_are_named_at_once(s3_settings: pytest.MonkeyPatch):
@@ -536,6 +536,25 @@ def test_an_event_breaks_off_a_transfer_that_is_under_way(
     assert storage.list_files(root) == []
     bucket = root.removeprefix("s3://").split("/")[0]
     assert "Uploads" not in proxied[2].list_multipart_uploads(Bucket=bucket)  # nothing of it is left in the store
+
+
+def test_an_event_breaks_off_the_one_request_of_a_smaller_file(
+    proxy: Proxy, proxied: tuple[Proxy, Any, Any], root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3, "_WHOLE_BYTES", MIB)
+    (tmp_path / "file").write_bytes(bytes(PART))
+    end, events = threading.Event(), proxied[1].meta.events
+
+    def set_end(**_: Any) -> None:
+        end.set()
+
+    events.register("before-send.s3", set_end)
+    try:
+        with storage.ended_by(end), pytest.raises(StorageError, match=f"{root}/file: "):
+            storage.upload(tmp_path, root, ["file"])
+    finally:
+        events.unregister("before-send.s3", set_end)
+    assert storage.list_files(root) == []
 
 
 @pytest.mark.parametrize("action", ["read_bytes(uri)", "upload(Path(here), uri, ['a', 'b'])"])

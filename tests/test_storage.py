@@ -97,6 +97,24 @@ def test_sizes_are_bytes_or_none(root: str):
     assert storage.sizes(root, []) == {}
 
 
+def test_several_small_files_are_read_at_once_and_none_stands_for_one_that_is_not_there(root: str):
+    storage.write_bytes(storage.join(root, "a/1"), b"one")
+    storage.write_bytes(storage.join(root, "2"), b"")
+    assert storage.read_each(root, ["2", "missing", "a/1", "a"]) == {
+        "2": b"",
+        "missing": None,
+        "a/1": b"one",
+        "a": None,
+    }
+    assert storage.read_if_there(storage.join(root, "a/1")) == b"one"
+    assert storage.read_if_there(storage.join(root, "a/2")) is None
+
+
+def test_a_bucket_that_is_not_there_is_no_file_that_is_not_there(s3_server, bucket: str):
+    with pytest.raises(StorageError, match="the bucket is not there"):
+        storage.read_if_there(f"{bucket}-of-nobody/file")
+
+
 def test_delete_removes_what_is_named_and_nothing_else(root: str):
     for path in ("a", "b/c", "b/d"):
         storage.write_bytes(storage.join(root, path), b"x")
@@ -342,6 +360,70 @@ def test_a_file_above_64_mib_goes_in_parts_and_comes_back_whole(bucket: str, tmp
         assert file.read(3) == data[:3]
 
 
+@pytest.fixture
+def requests_made(bucket: str, s3_server: tuple[str, Any]) -> Iterator[list[str]]:
+    """Name of every request that is sent, with "?" behind it where the store is asked first."""
+    made: list[str] = []
+
+    def note(request: Any, event_name: str, **_: Any) -> None:
+        made.append(event_name.rpartition(".")[2] + "?" * ("Expect" in request.headers))
+
+    events = s3_server[1].meta.events
+    events.register("before-send.s3", note)
+    yield made
+    events.unregister("before-send.s3", note)
+
+
+def test_n_files_that_fit_into_one_request_go_up_and_come_back_in_n_requests_each(
+    bucket: str, tmp_path: Path, requests_made: list[str]
+):
+    files = {f"{number % 3}/{number}": os.urandom(100 * number) for number in range(30)}  # the first is empty
+    write_files(tmp_path / "here", files)
+    storage.upload(tmp_path / "here", bucket, list(files))
+    assert requests_made == ["PutObject"] * 30
+    requests_made.clear()
+    storage.download(bucket, tmp_path / "back", list(files))
+    assert requests_made == ["GetObject"] * 30
+    assert {path: (tmp_path / "back" / path).read_bytes() for path in files} == files
+
+
+def test_a_file_that_is_too_large_for_memory_is_sent_from_disk_in_one_request(
+    bucket: str, tmp_path: Path, requests_made: list[str]
+):
+    data = os.urandom(9 * MIB)  # of 8 MiB at most would go from memory
+    write_files(tmp_path / "here", {"file": data})
+    storage.upload(tmp_path / "here", bucket, ["file"])
+    storage.download(bucket, tmp_path / "back", ["file"])
+    assert requests_made == ["PutObject?", "GetObject"]
+    assert (tmp_path / "back/file").read_bytes() == data
+
+
+def test_a_file_larger_than_a_part_takes_a_request_for_each_part_and_two_more(
+    bucket: str, tmp_path: Path, requests_made: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * MIB)
+    data = os.urandom(11 * MIB)  # 5 + 5 + 1
+    write_files(tmp_path / "here", {"file": data})
+    storage.upload(tmp_path / "here", bucket, ["file"])
+    assert sorted(requests_made) == ["CompleteMultipartUpload", "CreateMultipartUpload", *["UploadPart?"] * 3]
+    requests_made.clear()
+    storage.download(bucket, tmp_path / "back", ["file"])
+    assert requests_made.count("GetObject") == 4  # the first answer tells that there are parts
+    assert len(requests_made) <= 5  # some versions of s3transfer ask for the length once more
+    assert (tmp_path / "back/file").read_bytes() == data
+
+
+def test_a_call_that_has_been_ended_begins_no_copy(bucket: str, tmp_path: Path, requests_made: list[str]):
+    write_files(tmp_path, {"a": b"a"})
+    ended = threading.Event()
+    ended.set()
+    with storage.ended_by(ended):
+        for act in (lambda: storage.upload(tmp_path, bucket, ["a"]), lambda: storage.download(bucket, tmp_path, ["a"])):
+            with pytest.raises(StorageError, match=f"^{bucket}/a: the transfer was given up$"):
+                act()
+    assert requests_made == []
+
+
 def test_all_pages_of_a_listing_are_read(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "10")
     for number in range(21):
@@ -498,7 +580,7 @@ def test_at_most_1000_files_are_removed_in_one_request(answering: Callable[[Answ
     assert batches == [1000, 1000, 1]
 
 
-def test_a_stream_that_breaks_off_is_an_error_and_no_short_file(answering: Callable[[Answer], None]):
+def test_a_stream_that_breaks_off_is_an_error_and_no_short_file(answering: Callable[[Answer], None], tmp_path: Path):
     def break_off(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", "1000")
@@ -514,6 +596,9 @@ def test_a_stream_that_breaks_off_is_an_error_and_no_short_file(answering: Calla
         list(file)
     with pytest.raises(StorageError, match=r"^s3://bucket/key: .*(ended prematurely|incomplete|expected)"):
         storage.read_bytes("s3://bucket/key")
+    with pytest.raises(StorageError, match=r"^s3://bucket/key: .*(ended prematurely|incomplete|expected)"):
+        storage.download("s3://bucket", tmp_path, ["key"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_gives_back_other_bytes_is_not_writable(answering: Callable[[Answer], None]):

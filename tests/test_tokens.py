@@ -1,5 +1,7 @@
 """Token shards: what is written is read, one shard or many, to the byte."""
 
+import subprocess
+import sys
 import tempfile
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -69,6 +71,25 @@ def test_the_header_has_room_for_any_number_of_tokens(tmp_path: Path):
     with TokenShardWriter(tmp_path, "s", vocab_size=10) as writer:
         writer.add(DocumentRecord("a", 1), tokens)
     assert np.load(tmp_path / f"s{TOKENS}").shape == (1_234_567,)
+
+
+def test_more_shards_than_a_process_may_open_files_are_read(tmp_path: Path):
+    shards = [(tmp_path, f"s{number}") for number in range(900)]
+    for number, (folder, stem) in enumerate(shards):
+        with TokenShardWriter(folder, stem, vocab_size=1000) as writer:
+            writer.add(DocumentRecord(f"{number}", 1), np.array([0, number]))
+    program = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from cbtm.tokens import TokenDocuments
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+found = TokenDocuments([(Path(sys.argv[1]), f"s{number}") for number in range(900)])
+assert found.read(1, 1798)[::2].tolist() == list(range(899)), "tokens"
+assert [len(tokens) for tokens in found.documents()] == [2] * 900, "documents"
+assert found.lengths().sum() == found.n_tokens == 1800, "lengths"
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
 
 
 def test_equal_documents_give_equal_bytes(tmp_path: Path):

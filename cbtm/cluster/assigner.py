@@ -31,6 +31,7 @@ from pydantic import Field
 
 from cbtm import storage
 from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.extension import OneCluster
 from cbtm.cluster.fixed import NO_ASSIGNMENT, FixedAssignments
 from cbtm.cluster.labelling import Labeller, Method
 from cbtm.config import Config
@@ -111,7 +112,7 @@ def assign_group(
     folder: Path,
     *,
     scratch: Path,
-    fixed: FixedAssignments | None = None,
+    fixed: FixedAssignments | OneCluster | None = None,
 ) -> dict[str, Any]:
     """Assign one shard group and write its lines and token shards below `folder`.
 
@@ -122,7 +123,7 @@ def assign_group(
         tools: Opens the clusterer and the tokenizer; to be pickled where there are several processes.
         folder: Folder to write.
         scratch: Folder for the parts. What is there already from a killed run of the same work is not done again.
-        fixed: Given clusters of the training documents.
+        fixed: Given clusters of the training documents, or the one that all of them have.
 
     Returns:
         Accounting: documents read, skipped by reason, documents without a known word, and for each partition the
@@ -168,7 +169,7 @@ class _Work:
     group: ShardGroup
     folder: Path
     scratch: Path
-    fixed: FixedAssignments | None
+    fixed: FixedAssignments | OneCluster | None
 
     @property
     def partitions(self) -> list[str]:

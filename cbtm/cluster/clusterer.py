@@ -5,7 +5,8 @@ changed by hand is told from one that is whole, wherever it was copied to.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ DECIDING_FILES = (embedders.SETTINGS_FILE, embedders.ARRAYS_FILE, CENTERS_FILE)
 _FORMAT = 2
 
 
+@dataclass(frozen=True)
+class Ancestor:
+    """A clusterer that another one extends: its centres are the first ones of the other, bit for bit.
+
+    Attributes:
+        n_clusters: How many it has.
+        digest: Its identity, which the experts of its clusters are bound to.
+    """
+
+    n_clusters: int
+    digest: str
+
+
 class Clusterer:
     """Embedder and centres.
 
@@ -33,12 +47,18 @@ class Clusterer:
         embedder: Maps texts to unit vectors.
         centers: Cluster centres, float32, shape (k, d).
         profile: How far the documents of the fit lie from the centres; None if nobody measured it.
+        ancestors: The clusterers that it extends, the first one first.
     """
 
     def __init__(
-        self, embedder: TfidfSvdEmbedder, centers: NDArray[np.float32], profile: DistanceProfile | None = None
+        self,
+        embedder: TfidfSvdEmbedder,
+        centers: NDArray[np.float32],
+        profile: DistanceProfile | None = None,
+        ancestors: Sequence[Ancestor] = (),
     ) -> None:
         self.embedder, self.centers, self.profile = embedder, centers, profile
+        self.ancestors = tuple(ancestors)
 
     @property
     def n_clusters(self) -> int:
@@ -76,6 +96,7 @@ class Clusterer:
             "format": _FORMAT,
             "n_clusters": self.n_clusters,
             "n_components": int(self.centers.shape[1]),
+            **({"ancestors": [asdict(one) for one in self.ancestors]} if self.ancestors else {}),
             "files": {name: storage.sha256_file(folder / name) for name in names if (folder / name).is_file()},
         }
         _write_json(folder / SETTINGS_FILE, settings)
@@ -103,10 +124,10 @@ class Clusterer:
                 f"{folder}: centres of shape {centers.shape} do not fit {settings.get('n_clusters')} clusters and an "
                 f"embedder of length {embedder.n_components_}; fit the clusterer again"
             )
-        profile = folder / PROFILE_FILE
-        if PROFILE_FILE not in settings["files"]:
-            return cls(embedder, centers)
-        return cls(embedder, centers, DistanceProfile.from_json(json.loads(profile.read_text()), source=str(profile)))
+        path, profile = folder / PROFILE_FILE, None
+        if PROFILE_FILE in settings["files"]:
+            profile = DistanceProfile.from_json(json.loads(path.read_text()), source=str(path))
+        return cls(embedder, centers, profile, _ancestors(settings, str(folder)))
 
     @classmethod
     def fetch(cls, uri: str, scratch: Path) -> "Clusterer":
@@ -135,6 +156,22 @@ def read_settings(uri: str) -> dict[str, Any]:
     if found != _FORMAT:
         raise ManifestError(f"{uri}: clusterer format {found!r}, this cbtm reads {_FORMAT}; fit the clusterer again")
     return settings
+
+
+def read_ancestors(uri: str) -> tuple[Ancestor, ...]:
+    """The clusterers that the one in a folder or s3:// prefix extends; it costs one small read.
+
+    Raises:
+        ManifestError: If there is no clusterer, or its ancestors are none.
+    """
+    return _ancestors(read_settings(uri), uri)
+
+
+def _ancestors(settings: Mapping[str, Any], uri: str) -> tuple[Ancestor, ...]:
+    try:
+        return tuple(Ancestor(int(one["n_clusters"]), str(one["digest"])) for one in settings.get("ancestors", ()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{uri}: {SETTINGS_FILE} names ancestors that are none: {error!r}; make it again") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -50,8 +50,8 @@ _MEANINGS = {
     "shares (TV)": "They spread over the clusters in other shares than those of the fit.",
 }
 _FORMAT = 1
-_PERCENTILES = tuple(range(101))
-_CLUSTER_PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+PERCENTILES = tuple(range(101))
+CLUSTER_PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
 # One in a thousand: z of a one-sided normal test; and sqrt(ln(1000) / 2), of the one-sided Kolmogorov-Smirnov test
 # and, by McDiarmid's inequality, of a total variation distance above its mean.
 _NORMAL_CHANCE, _SUP_CHANCE = 3.09, math.sqrt(math.log(1000) / 2)
@@ -95,8 +95,8 @@ class DistanceProfile:
             n_documents=n_documents,
             n_zero_vectors=n_documents - len(distances),
             cluster_documents=tuple(map(len, clusters)),
-            quantiles=_quantiles(distances, _PERCENTILES),
-            cluster_quantiles=tuple(_quantiles(own, _CLUSTER_PERCENTILES) if len(own) else None for own in clusters),
+            quantiles=_quantiles(distances, PERCENTILES),
+            cluster_quantiles=tuple(_quantiles(own, CLUSTER_PERCENTILES) if len(own) else None for own in clusters),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -124,9 +124,9 @@ class DistanceProfile:
                 n_documents=_count(data["n_documents"]),
                 n_zero_vectors=_count(data["n_zero_vectors"]),
                 cluster_documents=tuple(_count(size) for size in data["cluster_documents"]),
-                quantiles=_ascending(data["quantiles"], len(_PERCENTILES)),
+                quantiles=_ascending(data["quantiles"], len(PERCENTILES)),
                 cluster_quantiles=tuple(
-                    None if own is None else _ascending(own, len(_CLUSTER_PERCENTILES))
+                    None if own is None else _ascending(own, len(CLUSTER_PERCENTILES))
                     for own in data["cluster_quantiles"]
                 ),
             )
@@ -295,7 +295,7 @@ def _place(
 
 def _cluster_drift(profile: DistanceProfile, cluster: int, distances: NDArray[np.float32], n_new: int) -> ClusterDrift:
     fit_quantiles, n_fit = profile.cluster_quantiles[cluster], profile.cluster_documents[cluster]
-    at = dict(zip(_CLUSTER_PERCENTILES, fit_quantiles, strict=True)) if fit_quantiles else {}
+    at = dict(zip(CLUSTER_PERCENTILES, fit_quantiles, strict=True)) if fit_quantiles else {}
     beyond_95 = _beyond(distances, at[95]) if at else None
     level = _measure("beyond 95 %", beyond_95, 0.05, _share_chance(0.05, len(distances), n_fit)).level
     return ClusterDrift(

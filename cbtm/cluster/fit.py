@@ -73,7 +73,7 @@ def fit_clusterer(
         tempfile.TemporaryDirectory(dir=folder.parent, prefix="fit-") as scratch,
         Sample(Path(scratch), labels=labels, count_tokens=count_tokens, fixed=assigned) as sample,
     ):
-        embedder, vectors = _embed(config, documents, sample, Path(scratch), given.embedder if given else None)
+        embedder, vectors = embed_sample(config, documents, sample, Path(scratch), given.embedder if given else None)
         if given is not None:
             found = _measured(vectors, given.centers, nearest_centers(vectors, given.centers))
         elif fixed is not None:
@@ -109,14 +109,19 @@ class _Found:
     history: tuple[float, ...]
 
 
-def _embed(
+def embed_sample(
     config: ClusterConfig,
     documents: Iterable[Document],
     sample: Sample,
     scratch: Path,
     embedder: TfidfSvdEmbedder | None,
 ) -> tuple[TfidfSvdEmbedder, NDArray[np.float32]]:
-    """The embedder and the vectors of the sample, in memory or on disk; shape (n, d)."""
+    """The embedder, fitted where none is given, and the vectors of the sample, in memory or on disk; shape (n, d).
+
+    Raises:
+        ConfigError: If there are more clusters than documents.
+        DataError: If there are no documents, or their number changed before they were read a second time.
+    """
     some, total = reservoir(documents, min(config.max_documents, config.vocabulary_documents), config.random_state)
     if not some:
         raise DataError("the training split holds no document with text")

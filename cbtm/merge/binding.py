@@ -6,10 +6,11 @@ released with c-BTM sorts checkpoints by name, so that from eleven experts on mo
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cbtm import storage
+from cbtm.cluster.clusterer import Ancestor
 from cbtm.errors import ManifestError
 from cbtm.train.job import EXPERT_FILE
 
@@ -30,10 +31,10 @@ def read_expert(root: str) -> dict[str, Any]:
         StorageError: If it cannot be read.
     """
     uri = storage.join(root, EXPERT_FILE)
-    if not storage.exists(uri):
+    if (text := storage.read_if_there(uri)) is None:
         raise ManifestError(f"{uri} is not there: {root} is no trained expert, or its training has not finished")
     try:
-        found = json.loads(storage.read_bytes(uri))
+        found = json.loads(text)
     except ValueError:
         raise ManifestError(f"{uri} is damaged; train that expert again") from None
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
@@ -42,12 +43,16 @@ def read_expert(root: str) -> dict[str, Any]:
     return found
 
 
-def check_experts(roots: Mapping[int, str], *, clusterer_digest: str, kind: str = "expert") -> None:
+def check_experts(
+    roots: Mapping[int, str], *, clusterer_digest: str, ancestors: Sequence[Ancestor] = (), kind: str = "expert"
+) -> None:
     """Refuse experts that are not what the router's weights are for.
 
     Args:
         roots: Folder or s3:// prefix of the expert that is to take each cluster's weight.
         clusterer_digest: Identity of the router's clusterer.
+        ancestors: The clusterers that it extends. Their centres are its first ones, so an expert of one of them is
+            right for a cluster that was there already.
         kind: What they are to be: experts of the clusters that were found, or of "random" ones.
 
     Raises:
@@ -58,7 +63,8 @@ def check_experts(roots: Mapping[int, str], *, clusterer_digest: str, kind: str 
     first: tuple[str, Any] | None = None
     for cluster, root in roots.items():
         found = read_expert(root)
-        if found.get("clusterer_digest") != clusterer_digest:
+        accepted = {clusterer_digest, *(one.digest for one in ancestors if cluster < one.n_clusters)}
+        if found.get("clusterer_digest") not in accepted:
             raise ManifestError(
                 f"{root} was trained under clusterer {_short(found.get('clusterer_digest'))}, the router has "
                 f"{_short(clusterer_digest)}: weights would go to the wrong experts; train it again"

@@ -42,15 +42,19 @@ def plan(run: Run) -> Plan:
 
 def tokenizer(run: Run) -> Manifest:
     """Take over the given tokenizer, or train one."""
+    if run.base is not None:
+        return _taken_over(run, run.tokenizer_spec())
     from cbtm.stages import prepare
 
     return run_stage(run.tokenizer_spec(), lambda work: prepare.tokenizer(run, work))
 
 
 def cluster(run: Run) -> Manifest:
-    """Find the domains."""
-    from cbtm.stages import prepare
+    """Find the domains, or add one to those of another run."""
+    from cbtm.stages import extension, prepare
 
+    if run.base is not None:
+        return run_stage(run.cluster_spec(), lambda work: extension.cluster(run, work))
     return run_stage(run.cluster_spec(), lambda work: prepare.cluster(run, work))
 
 
@@ -63,6 +67,8 @@ def assign(run: Run, group: str) -> Manifest:
 
 def train(run: Run, member: Member) -> Manifest:
     """Train one member; the seed is trained from scratch or taken over, an average is made of the experts."""
+    if run.taken_over(member):
+        return _taken_over(run, run.train_spec(member))
     run = run.owner(member)
     left = (run.uri("checkpoints", member.name), run.exchange_root(member))
     if (made := _made_before(run.train_spec(member), *left)) is not None:
@@ -112,6 +118,21 @@ def _made_before(spec: StageSpec, *left: str) -> Manifest | None:
     """Manifest of an output that is there, unless something is left below `left` that its stage has still to remove."""
     made = manifests.made_before(spec)
     return made if made is not None and not any(storage.list_files(uri) for uri in left) else None
+
+
+def _taken_over(run: Run, spec: StageSpec) -> Manifest:
+    """Manifest of what the extended run has made, which is never made from here.
+
+    Raises:
+        ManifestError: If it is not whole.
+    """
+    made = manifests.made_before(spec)
+    if made is None:
+        raise ManifestError(
+            f"{spec.root} is not there or not whole, and {run.config.root} takes it over; run the run in "
+            f"{run.config.extends} again"
+        )
+    return made
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cbtm import storage
 from cbtm.branch.seed import load_model
-from cbtm.cluster.clusterer import DOMAINS_FILE
+from cbtm.cluster.clusterer import DOMAINS_FILE, read_ancestors
 from cbtm.errors import ConfigError
 from cbtm.merge.binding import check_experts
 from cbtm.merge.router import PrefixRouter
@@ -60,6 +60,7 @@ def open_mixture(
     check_experts(
         {cluster: run.train_spec(member).root for cluster, member in zip(clusters, members, strict=True)},
         clusterer_digest=run.clusterer_digest,
+        ancestors=read_ancestors(run.cluster_spec().root),
     )
     clusterer, tokenizer = open_router_parts(run, scratch)
     router = PrefixRouter(clusterer.embedder.vocabulary_, clusterer.embedder.word_vectors_, clusterer.centers)

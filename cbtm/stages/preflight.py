@@ -16,6 +16,7 @@ from cbtm.merge.tasks import read_task
 from cbtm.plan import Plan
 from cbtm.run import Run
 from cbtm.run_config import CONFIG_FILE
+from cbtm.stages.extension import check_extension
 from cbtm.stages.tracked import open_parent
 
 
@@ -27,15 +28,18 @@ def plan(run: Run) -> Plan:
             another number of clusters, what k-means shall run on is not there, or a few-shot task has no files.
         DataError: If a split is empty, a corpus file has no labels or assignments where they are given, or a line of a
             few-shot task is no example.
-        ManifestError: If a given clusterer is none.
+        ManifestError: If a given clusterer is none, or the run that is extended has not finished.
         StorageError: If the root cannot be written, or the corpus cannot be read.
     """
+    if run.base is not None:
+        check_extension(run, run.base)
     storage.check_writable(run.config.root)
     made = run.make_plan()
     _check_shared(run)
     storage.write_bytes(run.uri(CONFIG_FILE), run.config.model_dump_json(indent=1).encode())
-    run.pin_sources()
-    _check_seed(run)
+    if run.base is None:
+        run.pin_sources()
+        _check_seed(run)
     _check_cluster(run)
     for task in run.config.tasks:
         read_task(task)

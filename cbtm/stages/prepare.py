@@ -11,6 +11,7 @@ import numpy as np
 from cbtm.branch.tokenizer import TextTokenizer, build_tokenizer
 from cbtm.cluster.assigner import assign_group
 from cbtm.cluster.clusterer import Clusterer
+from cbtm.cluster.extension import OneCluster
 from cbtm.cluster.fit import fit_clusterer
 from cbtm.cluster.fixed import NO_ASSIGNMENT
 from cbtm.cluster.held_out import label_held_out
@@ -40,7 +41,7 @@ def cluster(run: Run, work: Path) -> dict[str, Any]:
     counts = ReadCounts()
     facts = fit_clusterer(
         config,
-        _TrainDocuments(run, counts),
+        TrainDocuments(run, counts),
         work,
         given=Clusterer.fetch(config.path, scratch / "given") if config.path is not None else None,
         fixed=run.fixed_assignments,
@@ -62,12 +63,12 @@ def assign(run: Run, name: str, work: Path) -> dict[str, Any]:
     folders = (run.fetch(run.cluster_spec(), scratch), run.fetch(run.tokenizer_spec(), scratch))
     return assign_group(
         run.config.assign,
-        run.config.corpus,
+        run.corpus_of(group),
         group,
         partial(_open_tools, *folders),
         work,
         scratch=scratch / "parts",
-        fixed=run.fixed_assignments,
+        fixed=run.fixed_assignments if run.base is None else OneCluster(run.base.config.cluster.n_clusters),
     )
 
 
@@ -83,7 +84,7 @@ def _token_counter(encoder: TextTokenizer) -> CountTokens:
     return lambda texts: np.array([len(row) for row in encoder.encode_batch(texts)], dtype=np.int64)
 
 
-class _TrainDocuments:
+class TrainDocuments:
     """The training documents, as often as one likes; `counts` are those of the first time."""
 
     def __init__(self, run: Run, counts: ReadCounts) -> None:

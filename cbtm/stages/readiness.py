@@ -52,6 +52,7 @@ def check_cluster(text: str, place: PlaceOverrides, *, compiled_by: str) -> RunC
     except ConfigError as error:
         raise _not_ready([*problems, str(error)]) from None  # without it there is nothing more to look at
     problems += _root_problems(config.root)
+    problems += _extension_problems(config.extends)
     problems += _tracking_problems(config)
     problems += _trainjob_problems(config)
     if problems:
@@ -112,6 +113,11 @@ def _root_problems(root: str) -> Iterator[str]:
         storage.check_writable(root)
     except CbtmError as error:
         yield f"{error}{_credentials_hint(root)}"
+
+
+def _extension_problems(extends: str | None) -> Iterator[str]:
+    if extends is not None and in_kubernetes() and not storage.is_s3(extends):
+        yield f"extends={extends} is a folder of this pod; give the s3:// prefix of the run that is extended"
 
 
 def _credentials_hint(root: str) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import cbtm
 from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import DOMAINS_FILE
+from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer, read_ancestors
 from cbtm.cluster.domains import DOMAINS_FORMAT, balance
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
@@ -29,7 +29,7 @@ from cbtm.plan import Part
 from cbtm.progress import progress
 from cbtm.run import DOCUMENTS_FILE, REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
 from cbtm.stages.few_shot import evaluate_tasks
-from cbtm.stages.held_out import distances, held_out, open_router_parts, validation_set
+from cbtm.stages.held_out import distances, held_out, validation_set
 from cbtm.stages.result_tracking import track
 from cbtm.stages.tracked import finish_parent
 from cbtm.train.job import CURVE_FILE
@@ -47,7 +47,8 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     scratch = work.parent
     _check_bindings(run)
     clusterer_folder = run.fetch(run.cluster_spec(), scratch)
-    clusterer, tokenizer = open_router_parts(run, scratch)
+    clusterer = Clusterer.load(clusterer_folder)
+    tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
     held = held_out(run, scratch)
     validation = validation_set(run, held, tokenizer)
     scores = _scores(run, validation.offsets, scratch)
@@ -137,6 +138,7 @@ def _check_bindings(run: Run) -> None:
         check_experts(
             {cluster: run.train_spec(member).root for cluster, member in members.items()},
             clusterer_digest=run.clusterer_digest,
+            ancestors=read_ancestors(run.cluster_spec().root),
             kind=kind,
         )
 
@@ -164,12 +166,18 @@ def _scores(run: Run, offsets: NDArray[np.int64], scratch: Path) -> Scores:
 
 
 def _counts(run: Run, part: Part) -> list[dict[str, int]]:
-    """Documents, tokens and bytes of each learned cluster in one part of the corpus."""
+    """Documents, tokens and bytes of each learned cluster in one part of the corpus.
+
+    What experts that are taken over were trained on is a part of it.
+    """
     total = [dict.fromkeys(("documents", "tokens", "bytes"), 0) for _ in range(run.config.cluster.n_clusters)]
-    for group in run.plan_made.part(part):
-        for sums, counts in zip(
-            total, run.load(run.assign_spec(group.name)).metadata["clusters"]["learned"], strict=True
-        ):
+    found = [
+        run.load(run.assign_spec(group.name)).metadata["clusters"]["learned"] for group in run.plan_made.part(part)
+    ]
+    if run.base is not None and part == "train":
+        found.append(_counts(run.base, part))
+    for clusters in found:
+        for sums, counts in zip(total, clusters, strict=False):  # the run that is extended has a cluster less
             for key in sums:
                 sums[key] += counts[key]
     return total
@@ -255,6 +263,7 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
             "root": config.root,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "cbtm_version": cbtm.__version__,
+            "extends": config.extends,
             "seconds": _seconds(run),
             "cost": _cost(run),
         },
@@ -290,14 +299,14 @@ def _result(run: Run, measured: Mapping[str, Any], described: Mapping[str, Any])
 
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of work in each stage, summed over its tasks; of a task that was resumed, its last try."""
-    members = (Member("seed"), *run.config.members)
+    members = _made_here(run)
     averages = run.config.averages
     specs = {
-        "tokenizer": [run.tokenizer_spec()],
+        "tokenizer": [run.tokenizer_spec()] if run.base is None else [],
         "cluster": [run.cluster_spec()],
         "assign": [run.assign_spec(group.name) for group in run.plan_made.groups],
-        "seed": [run.train_spec(members[0])],
-        "train": [run.train_spec(member) for member in members[1:]],
+        "seed": [run.train_spec(member) for member in members if member.kind == "seed"],
+        "train": [run.train_spec(member) for member in members if member.kind != "seed"],
         "average": [run.train_spec(member) for member in averages],
         "score": [run.score_spec(member) for member in run.scored_members],
         "tasks": [run.tasks_spec(member) for member in run.scored_members if run.config.tasks],
@@ -306,19 +315,25 @@ def _seconds(run: Run) -> dict[str, float]:
     return {stage: round(sum(seconds), 1) for stage, seconds in found.items()}
 
 
+def _made_here(run: Run) -> list[Member]:
+    """The seed and what branches from it, without what another run has made."""
+    return [member for member in (Member("seed"), *run.config.members) if not run.taken_over(member)]
+
+
 def _cost(run: Run) -> list[dict[str, Any]]:
     """The cost line of each model that was trained here, the seed first."""
-    found = ((member, run.load(run.train_spec(member)).metadata) for member in (Member("seed"), *run.config.members))
+    found = ((member, run.load(run.train_spec(member)).metadata) for member in _made_here(run))
     return [{"member": member.name, **facts["cost"]} for member, facts in found if "cost" in facts]
 
 
 def _curves(run: Run) -> dict[str, list[dict[str, float]]]:
-    curves = {}
-    for member in (Member("seed"), *run.config.members):
-        uri = storage.join(run.member_root(member), CURVE_FILE)
-        if storage.exists(uri):  # a seed model that was given has no curve
-            curves[member.name] = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
-    return curves
+    root = f"{run.config.root}/"
+    members = (Member("seed"), *run.config.members)
+    paths = [storage.join(run.member_root(member), CURVE_FILE).removeprefix(root) for member in members]
+    texts = storage.read_each(run.config.root, paths).values()
+    # A seed model that was given has no curve.
+    found = {member.name: text for member, text in zip(members, texts, strict=True) if text is not None}
+    return {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
 
 
 def _scoring(run: Run) -> dict[str, Any]:

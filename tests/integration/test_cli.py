@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from small import settings, write_config
 from typer.testing import CliRunner
 
-from cbtm import cli, local
+from cbtm import __version__, cli, local
 from cbtm.corpora.folder import demo_corpus
 from cbtm.errors import DataError
 from cbtm.run import Run
@@ -109,7 +109,7 @@ def test_help_and_version_load_no_heavy_package(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert command("--version", cwd=tmp_path).stdout.strip() == "0.1.0"
+    assert command("--version", cwd=tmp_path).stdout.strip() == __version__
 
 
 def test_own_folder_of_text_becomes_a_corpus_with_a_validation_split(tmp_path):

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from cbtm import storage
+from cbtm.cluster.clusterer import Ancestor
 from cbtm.errors import ManifestError
 from cbtm.merge.binding import check_experts, read_expert
 
@@ -81,6 +82,21 @@ def test_expert_of_another_clusterer_is_refused(root):
     )
     with pytest.raises(ManifestError, match=re.escape(message)):
         check_experts(roots, clusterer_digest=CLUSTERER)
+
+
+def test_experts_of_the_clusterers_that_are_extended_pass_for_their_own_clusters(root):
+    # Clusters 0 to 3 were there, 4 to 10 were added to those, 11 is the router's own.
+    ancestors = (Ancestor(4, "a" * 64), Ancestor(11, "b" * 64))
+    roots = experts(root, clusterer_digest="a" * 64) | {
+        7: write(root, "cluster-00007", cluster=7, clusterer_digest="b" * 64)
+    }
+    check_experts(roots, clusterer_digest=CLUSTERER, ancestors=ancestors)
+
+
+def test_expert_of_an_extended_clusterer_is_refused_for_a_cluster_that_it_did_not_have(root):
+    roots = experts(root, clusterer_digest="a" * 64)
+    with pytest.raises(ManifestError, match=re.escape(f"{roots[3]} was trained under clusterer aaaaaaaaaaaa")):
+        check_experts(roots, clusterer_digest=CLUSTERER, ancestors=(Ancestor(3, "a" * 64),))
 
 
 def test_model_that_knows_no_clusterer_is_refused(root):

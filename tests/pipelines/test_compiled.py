@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import resources
 from typing import Any
 
 import pytest
@@ -10,14 +9,20 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from cbtm.kubeflow.pipeline_file import shipped_pipeline
 from components import images
 
-COMPILED = resources.files("cbtm").joinpath("compiled/cbtm.yaml")
+
+@pytest.fixture(scope="module", params=["cbtm", "compare"])
+def pipeline(request: pytest.FixtureRequest) -> str:
+    """Name of a pipeline that comes with cbtm."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def spec() -> dict[str, Any]:
-    documents = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
+def spec(pipeline: str) -> dict[str, Any]:
+    documents = list(yaml.safe_load_all(shipped_pipeline(pipeline)))
     return documents[0]
 
 
@@ -39,9 +44,9 @@ def test_committed_file_is_what_the_source_compiles_to():
     assert done.returncode == 0, done.stderr
 
 
-def test_every_field_is_known_to_the_pipeline_spec(spec):
+def test_every_field_is_known_to_the_pipeline_spec(pipeline, spec):
     parsed = json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-    assert parsed.pipeline_info.name == "cbtm"
+    assert parsed.pipeline_info.name == pipeline
 
 
 def test_every_component_reference_and_executor_exists(spec):
@@ -82,23 +87,26 @@ def test_every_dependency_is_a_task_of_the_same_dag(spec):
             assert set(task.get("dependentTasks", [])) <= set(dag["tasks"])
 
 
-def test_two_loops_over_shard_groups_and_over_clusters(spec):
+def test_loops_are_over_shard_groups_over_clusters_and_over_arms(pipeline, spec):
     loops = [
         task["parameterIterator"]["items"]["inputParameter"]
         for _, dag in dags(spec).values()
         for task in dag["tasks"].values()
         if "parameterIterator" in task
     ]
-    assert sorted(loops) == ["pipelinechannel--groups", "pipelinechannel--members"]
+    groups, members = "pipelinechannel--groups", "pipelinechannel--members"
+    arms = [] if pipeline == "cbtm" else ["pipelinechannel--arms", groups]
+    assert sorted(loops) == sorted([groups, members, *arms])
 
 
-def test_training_and_scoring_run_on_the_gpu_image_and_the_rest_on_the_cpu_image(spec):
+def test_training_and_scoring_run_on_the_gpu_image_and_the_rest_on_the_cpu_image(pipeline, spec):
     by_executor = {
         name.removeprefix("exec-").rstrip("-0123456789"): executor["container"]["image"]
         for name, executor in spec["deploymentSpec"]["executors"].items()
     }
     gpu = {name for name, image in by_executor.items() if image == images.GPU}
-    assert gpu == {"check-gpus", "train-seed", "score-seed", "train-expert", "score-expert", "average-experts"}
+    averaging = {"average-experts"} if pipeline == "cbtm" else set()
+    assert gpu == {"check-gpus", "train-seed", "score-seed", "train-expert", "score-expert"} | averaging
     assert {image for name, image in by_executor.items() if name not in gpu} == {images.CPU}
 
 
@@ -115,13 +123,22 @@ def test_no_task_is_cached_by_kubeflow(spec):
                 assert not task.get("cachingOptions", {}).get("enableCache", False), name
 
 
-def test_checks_come_first_and_the_seed_before_experts_and_experts_before_the_evaluation(spec):
+def test_checks_come_first_and_the_seed_before_experts_and_experts_before_the_evaluation(pipeline, spec):
     tasks = spec["root"]["dag"]["tasks"]
     assert [name for name, task in tasks.items() if "dependentTasks" not in task] == ["check-cluster"]
     assert tasks["check-gpus"]["dependentTasks"] == ["check-cluster"]
-    assert "check-gpus" in tasks["plan-run"]["dependentTasks"]
-    assert "train-seed" in tasks["experts"]["dependentTasks"]
-    assert "experts" in tasks["average-experts"]["dependentTasks"]
-    assert {"average-experts", "score-seed"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
     assert "build-tokenizer" in tasks["fit-clusterer"]["dependentTasks"]  # clusters may be balanced by tokens
     assert "fit-clusterer" in tasks["assign"]["dependentTasks"]
+    if pipeline == "cbtm":
+        assert "check-gpus" in tasks["plan-run"]["dependentTasks"]
+        assert "train-seed" in tasks["experts"]["dependentTasks"]
+        assert "experts" in tasks["average-experts"]["dependentTasks"]
+        assert {"average-experts", "score-seed"} <= set(tasks["evaluate-ensembles"]["dependentTasks"])
+    else:
+        assert "check-gpus" in tasks["plan-comparison"]["dependentTasks"]
+        assert "score-seed" in tasks["arms"]["dependentTasks"]
+        assert "arms" in tasks["compare-arms"]["dependentTasks"]
+        arm = next(dag for name, (_, dag) in dags(spec).items() if "configure-arm" in dag["tasks"])["tasks"]
+        assert {"fit-arm"} <= set(arm["assign-arm"]["dependentTasks"])
+        assert {"assign-arm"} <= set(arm["experts"]["dependentTasks"])
+        assert {"experts"} <= set(arm["evaluate-ensembles"]["dependentTasks"])

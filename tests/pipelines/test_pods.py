@@ -1,6 +1,5 @@
 """What the compiled pipeline asks of a cluster, read from both of its documents as KFP's driver reads them."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,50 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 from pipeline_files import FROM_A_TASK, PipelineFile, Place
 
-from pipelines.cbtm import build
+from cbtm.kubeflow.pipeline_file import shipped_pipeline
+from pipelines import cbtm, compare
 from pipelines.pods import Options, named
 
 GPU_TASKS = {
-    "check-gpus",
-    "train-seed",
-    "score-seed",
-    "experts/for-loop-1/train-expert",
-    "experts/for-loop-1/score-expert",
-    "average-experts",
+    "cbtm": {
+        "check-gpus",
+        "train-seed",
+        "score-seed",
+        "experts/for-loop-1/train-expert",
+        "experts/for-loop-1/score-expert",
+        "average-experts",
+    },
+    "compare": {
+        "check-gpus",
+        "train-seed",
+        "score-seed",
+        "arms/for-loop-1/experts/for-loop-1/train-expert",
+        "arms/for-loop-1/experts/for-loop-1/score-expert",
+    },
 }
 CPU_TASKS = {
-    "check-cluster",
-    "plan-run",
-    "build-tokenizer",
-    "fit-clusterer",
-    "assign/for-loop-1/assign-shards",
-    "evaluate-ensembles",
+    "cbtm": {
+        "check-cluster",
+        "plan-run",
+        "build-tokenizer",
+        "fit-clusterer",
+        "assign/for-loop-1/assign-shards",
+        "evaluate-ensembles",
+    },
+    "compare": {
+        "check-cluster",
+        "plan-comparison",
+        "plan-run",
+        "build-tokenizer",
+        "fit-clusterer",
+        "assign/for-loop-1/assign-shards",
+        "arms/for-loop-1/configure-arm",
+        "arms/for-loop-1/plan-arm",
+        "arms/for-loop-1/fit-arm",
+        "arms/for-loop-1/assign-arm/for-loop-1/assign-arm-shards",
+        "arms/for-loop-1/evaluate-ensembles",
+        "compare-arms",
+    },
 }
 RESOURCES = {
     "resourceCpuRequest": "cpu_request",
@@ -45,20 +70,40 @@ S3 = {
 }
 TRACKING = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"}
 HUB = {"HF_TOKEN"}
-TRACKED = {"check-cluster", "plan-run", "train-seed", "experts/for-loop-1/train-expert", "evaluate-ensembles"}
-FETCH_FROM_THE_HUB = {"plan-run", "build-tokenizer", "train-seed"}
+TRACKED = {"check-cluster", "plan-run", "plan-arm", "train-seed", "train-expert", "evaluate-ensembles", "compare-arms"}
+FETCH_FROM_THE_HUB = {"plan-run", "plan-arm", "build-tokenizer", "train-seed"}
+LOOPS = {"cbtm": 2, "compare": 4}
+
+
+@pytest.fixture(scope="module", params=["cbtm", "compare"])
+def pipeline(request: pytest.FixtureRequest) -> str:
+    """Name of a pipeline that comes with cbtm."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def file() -> PipelineFile:
-    return PipelineFile(resources.files("cbtm").joinpath("compiled/cbtm.yaml").read_text(encoding="utf-8"))
+def file(pipeline: str) -> PipelineFile:
+    return PipelineFile(shipped_pipeline(pipeline))
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> PipelineFile:
+def other(pipeline: str, tmp_path_factory: pytest.TempPathFactory) -> PipelineFile:
     """The pipeline compiled with every option set."""
     options = Options(parallelism=3, shm_size="2Gi", queue="gpu-queue")
-    return compiled(build(options), tmp_path_factory.mktemp("other"))
+    return compiled({"cbtm": cbtm, "compare": compare}[pipeline].build(options), tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture(scope="module")
+def gpu_tasks(pipeline: str) -> set[str]:
+    """Paths of the tasks whose pods have GPUs."""
+    return GPU_TASKS[pipeline]
+
+
+@pytest.fixture(scope="module")
+def cpu_tasks(pipeline: str) -> set[str]:
+    """Paths of the others."""
+    return CPU_TASKS[pipeline]
 
 
 def compiled(pipeline: Any, folder: Path) -> PipelineFile:
@@ -71,8 +116,12 @@ def each(file: PipelineFile, names: set[str]) -> list[Place]:
     return [leaves[name] for name in sorted(names)]
 
 
-def test_these_are_all_the_pods(file):
-    assert set(file.leaves()) == GPU_TASKS | CPU_TASKS
+def name_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def test_these_are_all_the_pods(file, gpu_tasks, cpu_tasks):
+    assert set(file.leaves()) == gpu_tasks | cpu_tasks
 
 
 def test_every_field_is_known_to_kubeflow_in_both_documents(file):
@@ -143,20 +192,20 @@ def test_kfp_mixes_up_tasks_of_one_name_within_a_pipeline_and_outside_of_it(tmp_
     assert apart == {"one": "outside", "two": "outside", "inner/first": "inside", "inner/second": "inside"}
 
 
-@pytest.mark.parametrize(("tasks", "prefix"), [(GPU_TASKS, "gpu_"), (CPU_TASKS, "")], ids=["gpu", "cpu"])
-def test_cpu_and_memory_of_every_pod_come_from_the_parameters_of_its_kind(file, tasks, prefix):
-    for place in each(file, tasks):
+@pytest.mark.parametrize(("tasks", "prefix"), [("gpu_tasks", "gpu_"), ("cpu_tasks", "")])
+def test_cpu_and_memory_of_every_pod_come_from_the_parameters_of_its_kind(request, file, tasks, prefix):
+    for place in each(file, request.getfixturevalue(tasks)):
         asked = file.container(place)["resources"]
         found = {key: file.resource(place, asked[key]) for key in RESOURCES}
         assert found == {key: prefix + name for key, name in RESOURCES.items()}, place.path
 
 
-def test_pods_that_train_score_or_average_ask_for_gpus_and_no_others_do(file):
-    for place in each(file, GPU_TASKS):
+def test_pods_that_train_score_or_average_ask_for_gpus_and_no_others_do(file, gpu_tasks, cpu_tasks):
+    for place in each(file, gpu_tasks):
         accelerator = file.container(place)["resources"]["accelerator"]
         assert file.resource(place, accelerator["resourceType"]) == "gpu_type", place.path
         assert file.resource(place, accelerator["resourceCount"]) == "gpu_count", place.path
-    for place in each(file, CPU_TASKS):
+    for place in each(file, cpu_tasks):
         assert "accelerator" not in file.container(place)["resources"], place.path
 
 
@@ -168,9 +217,9 @@ def test_every_parameter_behind_a_resource_is_text(file):
     assert all(root[name]["defaultValue"] for name in names)  # nor does it take an empty quantity
 
 
-@pytest.mark.parametrize(("tasks", "prefix"), [(GPU_TASKS, "gpu_"), (CPU_TASKS, "")], ids=["gpu", "cpu"])
-def test_tolerations_and_node_selector_come_from_the_parameters_of_the_pods_kind(file, tasks, prefix):
-    for place in each(file, tasks):
+@pytest.mark.parametrize(("tasks", "prefix"), [("gpu_tasks", "gpu_"), ("cpu_tasks", "")])
+def test_tolerations_and_node_selector_come_from_the_parameters_of_the_pods_kind(request, file, tasks, prefix):
+    for place in each(file, request.getfixturevalue(tasks)):
         config = file.kubernetes(place)
         [toleration] = config["tolerations"]
         assert file.source(place, toleration["tolerationJson"]) == f"{prefix}tolerations", place.path
@@ -181,9 +230,9 @@ def test_tolerations_and_node_selector_come_from_the_parameters_of_the_pods_kind
 def test_a_pod_gets_the_secrets_that_it_needs_and_no_others(file):
     for path, place in file.leaves().items():
         expected = {"s3_secret": S3}
-        if path in TRACKED:
+        if name_of(path) in TRACKED:
             expected["tracking_secret"] = TRACKING
-        if path in FETCH_FROM_THE_HUB:
+        if name_of(path) in FETCH_FROM_THE_HUB:
             expected["hub_secret"] = HUB
         found = {}
         for secret in file.kubernetes(place)["secretAsEnv"]:
@@ -194,19 +243,19 @@ def test_a_pod_gets_the_secrets_that_it_needs_and_no_others(file):
         assert found == expected, path
 
 
-def test_pods_with_gpus_have_shared_memory_and_the_size_is_an_option(file, other):
+def test_pods_with_gpus_have_shared_memory_and_the_size_is_an_option(file, other, gpu_tasks):
     for compiled_file, size in ((file, "8Gi"), (other, "2Gi")):
         for path, place in compiled_file.leaves().items():
             mounts = compiled_file.kubernetes(place).get("emptyDirMounts", [])
             shared = {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": size}
-            assert mounts == ([shared] if path in GPU_TASKS else []), path
+            assert mounts == ([shared] if path in gpu_tasks else []), path
 
 
-def test_every_pod_has_a_deadline_and_all_but_the_checks_are_tried_again(file):
+def test_every_pod_has_a_deadline_and_all_but_the_checks_are_tried_again(file, gpu_tasks):
     hour = 3600
     for path, place in file.leaves().items():
         check = path.startswith("check-")
-        deadline = hour if check else 7 * 24 * hour if path in GPU_TASKS else 2 * 24 * hour
+        deadline = hour if check else 7 * 24 * hour if path in gpu_tasks else 2 * 24 * hour
         assert int(file.kubernetes(place)["activeDeadlineSeconds"]) == deadline, path
         tries = {
             "maxRetryCount": 3,
@@ -223,13 +272,13 @@ def test_every_pod_is_in_the_queue_where_one_is_named(file, other):
     assert not any("podMetadata" in file.kubernetes(place) for place in file.leaves().values())
 
 
-def test_loops_run_as_many_tasks_at_once_as_the_option_says(file, other):
+def test_loops_run_as_many_tasks_at_once_as_the_option_says(pipeline, file, other):
     def limits(compiled_file: PipelineFile) -> list[int | None]:
         loops = [place.task for place in compiled_file.places() if "parameterIterator" in place.task]
         return [loop.get("iteratorPolicy", {}).get("parallelismLimit") for loop in loops]
 
-    assert limits(file) == [None, None]
-    assert limits(other) == [3, 3]
+    assert limits(file) == [None] * LOOPS[pipeline]
+    assert limits(other) == [3] * LOOPS[pipeline]
 
 
 def test_every_task_but_the_first_gets_the_configuration_that_the_first_has_checked(file):

@@ -104,6 +104,13 @@ def test_overrides_of_the_pipeline_are_named_as_such():
         check_cluster(config("runs/x"), PlaceOverrides(more=("train",)), compiled_by=HERE)
 
 
+def test_run_that_is_extended_is_no_folder_of_a_pod(bucket, in_a_pod):
+    values = yaml.safe_load(config(f"{bucket}/runs/nine")) | {"extends": "runs/eight"}
+    values["train"]["random_clusters"] = False
+    with pytest.raises(NotReadyError, match="extends=runs/eight is a folder of this pod; give the s3:// prefix"):
+        check_cluster(yaml.safe_dump(values), NOTHING, compiled_by=HERE)
+
+
 def test_files_of_a_pod_are_no_place_for_results_or_tracking(in_a_pod):
     with pytest.raises(NotReadyError) as error:
         check_cluster(config("runs/mine", "sqlite:///runs/mlflow.db"), NOTHING, compiled_by=HERE)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # One monitor, one store and one object gateway on the loopback interface; started again it finds its data.
-# In: RGW_PORT, ACCESS_KEY, SECRET_KEY. The health check of the container says when the gateway answers.
+# In: RGW_PORT, ACCESS_KEY, SECRET_KEY; STORE_BYTES, 4 GiB by default (what is removed keeps its room for two hours).
+# The health check of the container says when the gateway answers.
 set -eu
 port=${RGW_PORT:-7480}
 mon=/var/lib/ceph/mon/ceph-a
@@ -27,7 +28,7 @@ osd_crush_chooseleaf_type = 0
 mon_allow_pool_size_one = true
 mon_data_avail_crit = 1
 osd_memory_target = 939524096
-bluestore_block_size = 4294967296
+bluestore_block_size = ${STORE_BYTES:-4294967296}
 rgw_frontends = beast endpoint=127.0.0.1:$port
 rgw_thread_pool_size = 32
 C
