@@ -2,16 +2,20 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV   ?= .venv
 RUN    ?= runs/demo
+COMPARE ?= runs/compare
 PORT   ?= 5000
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-containers images lint types compile compile-check check ui clean help
+.PHONY: demo compare test test-containers images lint types compile compile-check check ui clean help
 help:           ## Show the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(READY)  ## Run the whole pipeline on real text (CORPUS=folder of own text, RUN=folder for the results)
 	$(BIN)/cbtm demo --root $(RUN) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+compare: $(READY) ## Compare dense, random and 2, 4, 8 experts on real text (CORPUS=, COMPARE=folder for the results)
+	$(BIN)/cbtm compare --root $(COMPARE) $(if $(CORPUS),--corpus "$(CORPUS)")
 
 test: $(READY)  ## Run all tests
 	$(BIN)/python -m pytest

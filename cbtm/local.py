@@ -1,4 +1,4 @@
-"""The compiled pipeline on this machine: no cluster, no container engine, no server.
+"""The compiled pipelines on this machine: no cluster, no container engine, no server.
 
 kfp.local executes the same YAML that a Kubeflow cluster gets, but for its retries, every task in a process of its own,
 as many of a loop at once as this machine has devices for. It prints freely and takes over the root logger, so it runs
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +25,14 @@ from typing import Any
 from tqdm import tqdm
 
 from cbtm import stages, storage
+from cbtm.comparison import Comparison
 from cbtm.config import digest_of
 from cbtm.errors import CbtmError, ConfigError, Interrupted, ManifestError
-from cbtm.kubeflow.pipeline_file import COMPILED, for_this_machine, shipped_pipeline
+from cbtm.kubeflow.pipeline_file import for_this_machine, shipped_pipeline
 from cbtm.process import end_with_parent
 from cbtm.progress import PREFIX
 from cbtm.run import Run
+from cbtm.run_config import RunConfig
 from cbtm.stages.tracked import finish_parent
 from cbtm.tracking import RunStatus
 from cbtm.train.launch import STOP_SECONDS
@@ -49,6 +51,13 @@ class PipelineFailedError(CbtmError):
     exit_code = 1
 
 
+def run_comparison(comparison: Comparison) -> None:
+    """Run all arms of a comparison on this machine, as `run_pipeline` does one run."""
+    from cbtm.stages.comparison import finished
+
+    _run(comparison.shared, "compare", comparison.config, lambda: finished(Comparison(comparison.config)))
+
+
 def run_pipeline(run: Run) -> None:
     """Run the compiled pipeline for `run` on this machine, or return at once if all its outputs are there.
 
@@ -58,7 +67,13 @@ def run_pipeline(run: Run) -> None:
         ConfigError: If kfp is not installed.
         StorageError: If the run's root cannot be written.
     """
-    if stages.finished(run):
+    # A fresh Run each time: one may remember manifests that have been replaced since.
+    _run(run, "cbtm", run.config, lambda: stages.finished(Run(run.config)))
+
+
+def _run(run: Run, pipeline: str, config: RunConfig, finished: Callable[[], bool]) -> None:
+    """Run one of the pipelines with a configuration; `run` is where it is tracked, and which devices it wants."""
+    if finished():
         logger.info("run=%s root=%s up to date", run.config.name, run.config.root)
         return
     _check_kfp()
@@ -66,7 +81,6 @@ def run_pipeline(run: Run) -> None:
     log = _log_folder(run) / f"pipeline-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    config = run.config.model_dump_json()
     environment = {
         **os.environ,
         **_share_of_devices(run),
@@ -79,7 +93,7 @@ def run_pipeline(run: Run) -> None:
     }
     with log.open("wb") as out:
         child = subprocess.Popen(  # noqa: S603 - no shell, our own interpreter
-            [sys.executable, "-m", "cbtm.local", config],
+            [sys.executable, "-m", "cbtm.local", pipeline, config.model_dump_json()],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -91,9 +105,8 @@ def run_pipeline(run: Run) -> None:
         _close_parent(run, "KILLED")
         raise
     _stop(child)  # tasks that outlived a pipeline that failed
-    # By what was written, not by the exit code alone: an earlier configuration's manifest proves nothing. A fresh
-    # Run, because this one may remember manifests that have been replaced since.
-    if code != 0 or not stages.finished(Run(run.config)):
+    # By what was written, not by the exit code alone: an earlier configuration's manifest proves nothing.
+    if code != 0 or not finished():
         _close_parent(run, "FAILED")
         raise PipelineFailedError(f"{_reason(log)}\nthe whole log: {log}")
     logger.info("run=%s root=%s seconds=%.0f done", run.config.name, run.config.root, time.monotonic() - started)
@@ -255,8 +268,8 @@ def _stop_session(*_: object) -> None:
 def _run_at_once(n_tasks: int) -> None:
     """Have kfp.local run `n_tasks` tasks of a loop at once.
 
-    kfp 2.17 runs two, whatever a pipeline asks for, because threads multiply where loops lie within loops. Here none
-    do, and there is no setting.
+    kfp 2.17 runs two, whatever a pipeline asks for, because threads multiply where loops lie within loops; of those
+    that do `for_this_machine` lets two turns run at once. There is no setting.
     """
     from kfp.local.orchestrator import enhanced_dag_orchestrator
 
@@ -269,18 +282,18 @@ def _run_at_once(n_tasks: int) -> None:
 
 
 def main() -> None:
-    """Execute the compiled pipeline in this process with the configuration given as the only argument."""
+    """Execute a compiled pipeline in this process: its name and the configuration are the arguments."""
     from kfp import components, local
 
     _stop_with_parent()
     _run_at_once(int(os.environ["CBTM_TASKS"]))
-    config = sys.argv[1]
+    name, config = sys.argv[1:]
     root = json.loads(config)["root"]
     with tempfile.TemporaryDirectory(prefix="cbtm-kfp-") as scratch:
         # Small artifacts only (manifests, the report); what they speak of lies below the run's root.
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=scratch, raise_on_error=True)
-        pipeline = components.load_component_from_text(for_this_machine(shipped_pipeline()))
-        logging.getLogger(__name__).info("pipeline=%s root=%s", COMPILED, root)
+        pipeline = components.load_component_from_text(for_this_machine(shipped_pipeline(name)))
+        logging.getLogger(__name__).info("pipeline=%s root=%s", name, root)
         pipeline(config=config)
 
 

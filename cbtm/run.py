@@ -33,6 +33,7 @@ from cbtm.train.job import Shard, Shards
 from cbtm.train.member import Member
 
 RESULT_FILE, REPORT_FILE, SETTINGS_FILE = "result.json", "report.html", "settings.csv"
+DOCUMENTS_FILE = "documents.csv"
 
 
 class Run(PlannedRun):
@@ -73,7 +74,7 @@ class Run(PlannedRun):
     @property
     def key(self) -> str:
         """Identity of the run in the tracker: same root, same settings, same text."""
-        settings = self.config.model_dump(mode="json", exclude={"tracking", "name"})
+        settings = self.config.model_dump(mode="json", exclude={"tracking", "name", "compare"})
         return digest_of([settings, self.plan_made.digest("train"), self.plan_made.digest("validation")])
 
     # --- identity of every output ---

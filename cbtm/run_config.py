@@ -13,6 +13,7 @@ from cbtm import storage
 from cbtm.branch.tokenizer import TokenizerConfig
 from cbtm.cluster.assigner import AssignConfig
 from cbtm.cluster.config import ClusterConfig
+from cbtm.compare_config import CompareConfig
 from cbtm.config import Config, apply_overrides, parse_text, read_file
 from cbtm.corpus import CorpusConfig
 from cbtm.errors import ConfigError
@@ -58,6 +59,7 @@ class RunConfig(Config):
         evaluate: Which ensembles are compared.
         tasks: Few-shot classification tasks that every model and ensemble answers.
         tracking: The MLflow tracking server.
+        compare: What `cbtm compare` makes of this configuration; a run by itself takes no notice of it.
         shared: Root of a run whose tokenizer, seed model and held-out tokens are taken, with what the seed gives those;
             for runs that differ in the rest, and are compared.
     """
@@ -79,6 +81,7 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     tasks: tuple[TaskConfig, ...] = ()
     tracking: TrackingConfig = TrackingConfig()
+    compare: CompareConfig = CompareConfig()
 
     @field_validator("root")
     @classmethod
@@ -270,15 +273,17 @@ def parse_config(text: str, place: PlaceOverrides | None = None) -> RunConfig:
     return _checked(place.apply(values) if place else values, "config")
 
 
-def demo_config(root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str]) -> RunConfig:
-    """Configuration of the demo, which comes with the package, on one corpus."""
-    text = resources.files("cbtm").joinpath("configs/demo.yaml").read_text(encoding="utf-8")
-    values = parse_text(text, source="demo.yaml")
+def demo_config(
+    root: str, corpus: str, train_split: str, validation_split: str, overrides: list[str], *, name: str = "demo"
+) -> RunConfig:
+    """Configuration of the demo, or of the comparison (`compare`), which come with the package, on one corpus."""
+    text = resources.files("cbtm").joinpath(f"configs/{name}.yaml").read_text(encoding="utf-8")
+    values = parse_text(text, source=f"{name}.yaml")
     values |= {
         "root": root,
         "corpus": {"root": corpus, "train_split": train_split, "validation_split": validation_split},
     }
-    return _checked(apply_overrides(values, overrides), "demo.yaml")
+    return _checked(apply_overrides(values, overrides), f"{name}.yaml")
 
 
 def recorded_config(root: str) -> RunConfig:

@@ -15,11 +15,11 @@ from typing import Any
 
 from kfp import compiler
 
-from pipelines.cbtm import build
+from pipelines import cbtm, compare
 from pipelines.pods import Options
 
 TARGET = Path(__file__).resolve().parent.parent / "cbtm" / "compiled"
-PIPELINES = {"cbtm.yaml": build}
+PIPELINES = {"cbtm.yaml": cbtm.build, "compare.yaml": compare.build}
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ import yaml
 
 from cbtm.errors import ConfigError
 
-COMPILED = "compiled/cbtm.yaml"
+PIPELINES = ("cbtm", "compare")
+"""Names of the pipelines that come with cbtm: one run, and a comparison of several."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 Role = Literal["cpu", "gpu"]
@@ -79,9 +80,15 @@ def check_quantity(name: str, text: str) -> None:
         raise ConfigError(f"{name}={text!r} is no quantity of Kubernetes; expected such as 500m, 16 or 8Gi")
 
 
-def shipped_pipeline() -> str:
-    """Text of the pipeline that comes with this cbtm."""
-    return resources.files("cbtm").joinpath(COMPILED).read_text(encoding="utf-8")
+def shipped_pipeline(name: str = "cbtm") -> str:
+    """Text of one of the pipelines that come with this cbtm.
+
+    Raises:
+        ConfigError: If none has that name.
+    """
+    if name not in PIPELINES:
+        raise ConfigError(f"no pipeline {name!r} comes with cbtm; there are {' and '.join(PIPELINES)}")
+    return resources.files("cbtm").joinpath(f"compiled/{name}.yaml").read_text(encoding="utf-8")
 
 
 def with_options(text: str, options: CompileOptions) -> str:
@@ -105,15 +112,18 @@ def with_options(text: str, options: CompileOptions) -> str:
 
 
 def for_this_machine(text: str) -> str:
-    """The pipeline without retries.
+    """The pipeline without retries, and of loops that hold loops two turns at once.
 
-    kfp.local keeps to them, with their pauses, and here somebody waits for the message: what fails at once on one
-    machine fails again, and the same command goes on from where it stopped.
+    kfp.local keeps to retries, with their pauses, and here somebody waits for the message: what fails at once on one
+    machine fails again, and the same command goes on from where it stopped. Tasks of loops within loops would be as
+    many as the product of what runs at once; with two, one works where the other waits for its last task.
     """
 
     def change(spec: dict[str, Any], kubernetes: dict[str, Any]) -> None:
         for task in _tasks(spec):
             task.pop("retryPolicy", None)
+            if "parameterIterator" in task and _has_loop(spec, task["componentRef"]["name"]):
+                _set_parallelism(task, 2)
 
     return _changed(text, change)
 
@@ -172,6 +182,12 @@ def _set_parallelism(loop: dict[str, Any], parallelism: int) -> None:
         loop["iteratorPolicy"] = {"parallelismLimit": parallelism}
     else:
         loop.pop("iteratorPolicy", None)
+
+
+def _has_loop(spec: dict[str, Any], component: str) -> bool:
+    """Tell whether a component is a pipeline that has a loop in it."""
+    tasks = spec["components"][component].get("dag", {}).get("tasks", {}).values()
+    return any("parameterIterator" in task or _has_loop(spec, task["componentRef"]["name"]) for task in tasks)
 
 
 def _tasks(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:

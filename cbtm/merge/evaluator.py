@@ -11,9 +11,7 @@ finds impossible makes its perplexity infinite, and is counted; it is never left
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,22 +19,10 @@ from numpy.typing import NDArray
 
 from cbtm.errors import DataError
 from cbtm.merge.config import EvaluateConfig
-from cbtm.merge.grid import DocumentSums, Setting, mix_grid
-from cbtm.merge.intervals import Resamples
+from cbtm.merge.grid import DocumentSums, Setting
+from cbtm.merge.measured import Arm, Array, Measured, Progress
 from cbtm.merge.router import mean_routing_weights
 from cbtm.merge.validation_set import Scores, ValidationSet
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class _Arm:
-    """What one model or ensemble gives each document: summed negative log-probability, and impossible tokens."""
-
-    nll: Array
-    impossible: NDArray[np.int64]
 
 
 def evaluate(
@@ -48,7 +34,20 @@ def evaluate(
     body_share: float = 1.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of every model and every ensemble setting.
+    """Perplexity of every model and every ensemble setting: the first part of what `evaluate_documents` returns."""
+    return evaluate_documents(config, validation, scores, distances, body_share=body_share, progress=progress)[0]
+
+
+def evaluate_documents(
+    config: EvaluateConfig,
+    validation: ValidationSet,
+    scores: Scores,
+    distances: NDArray[np.float32],
+    *,
+    body_share: float = 1.0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Perplexity of every model and every ensemble setting, and what the chosen ones give to each document.
 
     Args:
         config: The settings.
@@ -63,7 +62,9 @@ def evaluate(
         The parts of result.json that come from scores: n_documents, n_tokens, n_bytes, n_prompt_tokens, selection,
         seed, dense, random, averages, best_single_expert, ensemble, experts, experts_evaluated, prior (the mean routing
         weight of each expert that is mixed at the counted tokens of the selecting half, where the prior ensemble is
-        compared), by_domain, by_label, domain_by_expert. Infinity is None.
+        compared), by_domain, by_label, domain_by_expert. Infinity is None. And, by name, the summed negative
+        log-probability in nats of each document, of both halves, under seed, dense, random, averages and the chosen
+        setting of each kind and top-k: arrays of shape (n_documents,).
 
     Raises:
         ConfigError: If a top-k is larger than the number of experts, or a setting needs scores that were not made.
@@ -73,10 +74,10 @@ def evaluate(
     validation.check()
     trained = _expert_clusters(scores, distances.shape[1])
     mixed = config.experts_of(trained)
-    measured = _Measured(config, validation)
+    measured = Measured(config, validation)
     whole = scores.top_k is None
     alone = {c: measured.arm(row) for c, row in zip(trained, scores.experts, strict=True) if whole and c in mixed}
-    arms: dict[str, _Arm | None] = {
+    arms: dict[str, Arm | None] = {
         "seed": measured.arm(scores.seed),
         "dense": None if scores.dense is None else measured.arm(scores.dense),
         "random": None if scores.random is None else measured.uniform(scores.random),
@@ -102,7 +103,7 @@ def evaluate(
         "by_label": _by_label(measured, validation.labels, arms),
         "domain_by_expert": _domain_by_expert(measured, distances.shape[1], alone) if alone else None,
     }
-    return dict(_finite(result))
+    return _finite(result), {**measured.documents(arms, averages), **grid.documents()}
 
 
 def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
@@ -113,139 +114,13 @@ def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
     return clusters
 
 
-class _Measured:
-    """Sums over the counted tokens of each document, on the half that chooses and the half that is reported."""
-
-    def __init__(self, config: EvaluateConfig, validation: ValidationSet) -> None:
-        self.config, self.offsets = config, validation.offsets
-        self.counted = None if validation.counted is None else np.concatenate(validation.counted)
-        self.tokens = validation.n_counted
-        self.clusters = validation.clusters
-        self._scored = np.diff(self.offsets)
-        self._bytes = validation.n_bytes
-        choosing = validation.selection
-        self.halves: dict[str, Mask] = {"selection": choosing, "report": ~choosing}
-        self.threads = config.threads or os.cpu_count() or 1
-
-    def arm(self, log_probs: NDArray[np.float32]) -> _Arm:
-        """One model by itself."""
-        if log_probs.shape != (self.offsets[-1],):
-            raise DataError(f"scores of shape {log_probs.shape} for {self.offsets[-1]} tokens; score the model again")
-        values = np.asarray(log_probs, dtype=np.float64)
-        if not (values <= 0).all():
-            token = int(np.argmax(~(values <= 0)))
-            raise DataError(
-                f"log-probability {values[token]} at token {token} is not in [-inf, 0]; the scores are damaged or are "
-                "not natural log-probabilities: score that model again"
-            )
-        if self.counted is not None:
-            values = np.where(self.counted, values, 0)
-        starts = self.offsets[:-1]
-        # reduceat gives the next element for an empty document; `ValidationSet.check` refuses those.
-        return _Arm(-np.add.reduceat(values, starts), np.add.reduceat(np.isneginf(values).astype(np.int64), starts))
-
-    def mix(
-        self,
-        experts: Sequence[NDArray[np.float32]],
-        distances: NDArray[np.float32],
-        settings: Sequence[Setting],
-        *,
-        prior: Array | None = None,
-        progress: Progress | None = None,
-    ) -> list[DocumentSums]:
-        """Each setting's sums over the counted tokens of each document."""
-        return mix_grid(
-            experts,
-            distances,
-            self.offsets,
-            settings,
-            prior=prior,
-            counted=self.counted,
-            threads=self.threads,
-            progress=progress,
-        )
-
-    def uniform(self, experts: Sequence[NDArray[np.float32]]) -> _Arm:
-        """The plain mean of several models' probabilities."""
-        nowhere = np.broadcast_to(np.float32(0), (int(self.offsets[-1]), len(experts)))
-        (sums,) = self.mix(experts, nowhere, [Setting("uniform", len(experts))])
-        return _Arm(sums.nll, sums.impossible)
-
-    def perplexity(self, nll: Array, half: str, among: Mask | None = None) -> float:
-        chosen = self.halves[half] if among is None else self.halves[half] & among
-        return _exp(nll[chosen].sum() / self.tokens[chosen].sum())
-
-    def tokens_of(self, half: str) -> Mask:
-        """The counted tokens of one half, shape (n_tokens,)."""
-        chosen: Mask = np.repeat(self.halves[half], self._scored)
-        return chosen if self.counted is None else chosen & self.counted
-
-    def counts(self, half: str) -> dict[str, int]:
-        chosen = self.halves[half]
-        return {
-            "n_documents": int(chosen.sum()),
-            "n_tokens": int(self.tokens[chosen].sum()),
-            "n_bytes": int(self._bytes[chosen].sum()),
-            "n_prompt_tokens": int((self._scored - self.tokens)[chosen].sum()),
-        }
-
-    def resamples(self, chosen: Mask) -> Resamples:
-        config = self.config
-        return Resamples(self.tokens[chosen], random_state=config.random_state, n_resamples=config.bootstrap_resamples)
-
-    def summaries(self, arms: Mapping[str, _Arm], dense: _Arm | None) -> dict[str, dict[str, Any]]:
-        """Figures of each arm on the reported half, and its ratio to the dense model on the same documents."""
-        chosen = self.halves["report"]
-        n_tokens, n_bytes = int(self.tokens[chosen].sum()), int(self._bytes[chosen].sum())
-        nll = np.stack([arm.nll[chosen] for arm in arms.values()])  # (arms, documents)
-        resamples = self.resamples(chosen)
-        intervals = resamples.intervals(nll)
-        ratios = None if dense is None else _ratio_intervals(resamples, nll, dense.nll[chosen])
-        rows: dict[str, dict[str, Any]] = {}
-        for index, (name, arm) in enumerate(arms.items()):
-            total = float(nll[index].sum())
-            rows[name] = {
-                "perplexity": _exp(total / n_tokens),
-                # Tokens that are each a part of a character spell none.
-                "bits_per_byte": total / (math.log(2) * n_bytes) if n_bytes else math.inf,
-                "nats": total / n_tokens,
-                "interval": intervals[index].tolist(),
-                "impossible_tokens": int(arm.impossible[chosen].sum()),
-                "dense_ratio": None if dense is None else _ratio(total, float(dense.nll[chosen].sum()), n_tokens),
-                "dense_ratio_interval": None if ratios is None or ratios[index] is None else ratios[index],
-            }
-        return rows
-
-    def group(self, among: Mask, arms: Mapping[str, _Arm | None]) -> dict[str, Any]:
-        """Perplexities of the reported documents of one group, and how sure the difference to dense is."""
-        chosen = self.halves["report"] & among
-        there = bool(chosen.any())
-        row: dict[str, Any] = {"n_documents": int(chosen.sum()), "n_tokens": int(self.tokens[chosen].sum())}
-        for name, arm in arms.items():
-            row[name] = None if arm is None or not there else self.perplexity(arm.nll, "report", among)
-        dense, ensemble = arms["dense"], arms["ensemble"]
-        row |= dict.fromkeys(("interval", "dense_interval", "dense_ratio", "dense_ratio_interval"))
-        if ensemble is None or not there:
-            return row
-        if dense is not None:
-            row["dense_ratio"] = _ratio(ensemble.nll[chosen].sum(), dense.nll[chosen].sum(), row["n_tokens"])
-        if row["n_documents"] < 2:
-            return row
-        resamples = self.resamples(chosen)
-        row["interval"] = resamples.intervals(ensemble.nll[None, chosen])[0].tolist()
-        if dense is not None:
-            row["dense_interval"] = resamples.intervals(dense.nll[None, chosen])[0].tolist()
-            row["dense_ratio_interval"] = _ratio_intervals(resamples, ensemble.nll[None, chosen], dense.nll[chosen])[0]
-        return row
-
-
 class _Grid:
     """All settings; the best of each kind and top-k, by the selecting half, is marked."""
 
     def __init__(
         self,
         config: EvaluateConfig,
-        measured: _Measured,
+        measured: Measured,
         scores: Scores,
         distances: NDArray[np.float32],
         mixed: list[int],
@@ -270,17 +145,22 @@ class _Grid:
             )
             (sums[setting],) = measured.mix(experts, near, [setting], prior=self.prior)
         self._sums = {setting: sums[setting] for setting in settings}
-        self.chosen = _Arm(sums[chosen].nll, sums[chosen].impossible)
-
-    def rows(self, dense: _Arm | None) -> list[dict[str, Any]]:
-        """Rows of result.json, in the order of the settings."""
-        measured = self._measured
-        arms = {str(index): _Arm(one.nll, one.impossible) for index, one in enumerate(self._sums.values())}
-        summaries = measured.summaries(arms, dense)
+        self.chosen = Arm(sums[chosen].nll, sums[chosen].impossible)
         groups: dict[tuple[str, int], dict[Setting, DocumentSums]] = {}
         for setting, one in self._sums.items():
             groups.setdefault((setting.ensemble, setting.top_k), {})[setting] = one
-        selected = {_best_of(measured, group) for group in groups.values()}
+        self._selected = {key: _best_of(measured, group) for key, group in groups.items()}
+
+    def documents(self) -> dict[str, Array]:
+        """Sums of each document under the chosen setting of each kind and top-k."""
+        return {f"{kind}-top-{top_k}": self._sums[one].nll for (kind, top_k), one in self._selected.items()}
+
+    def rows(self, dense: Arm | None) -> list[dict[str, Any]]:
+        """Rows of result.json, in the order of the settings."""
+        measured = self._measured
+        arms = {str(index): Arm(one.nll, one.impossible) for index, one in enumerate(self._sums.values())}
+        summaries = measured.summaries(arms, dense)
+        selected = set(self._selected.values())
         return [
             {
                 "ensemble": setting.ensemble,
@@ -307,7 +187,7 @@ class _Grid:
         }
 
 
-def _best_of(measured: _Measured, group: Mapping[Setting, DocumentSums]) -> Setting:
+def _best_of(measured: Measured, group: Mapping[Setting, DocumentSums]) -> Setting:
     """The setting of the lowest perplexity on the selecting half; the first of equals."""
     return min(group, key=lambda setting: measured.perplexity(group[setting].nll, "selection"))
 
@@ -325,22 +205,22 @@ def _of_clusters(
 
 def _of_all(
     config: EvaluateConfig,
-    measured: _Measured,
+    measured: Measured,
     scores: Scores,
     distances: NDArray[np.float32],
     trained: list[int],
-) -> _Arm:
+) -> Arm:
     """The ensemble of all trained experts, its temperature and exponent chosen as ever."""
     experts, near = _of_clusters(scores, distances, trained)
     whole = config.model_copy(update={"ensembles": ("clustering",), "top_k": (len(trained),)})
     settings = whole.settings(len(trained))
     sums = dict(zip(settings, measured.mix(experts, near, settings), strict=True))
     best = sums[_best_of(measured, sums)]
-    return _Arm(best.nll, best.impossible)
+    return Arm(best.nll, best.impossible)
 
 
 def _by_domain(
-    measured: _Measured, n_clusters: int, arms: Mapping[str, _Arm | None], alone: Mapping[int, _Arm]
+    measured: Measured, n_clusters: int, arms: Mapping[str, Arm | None], alone: Mapping[int, Arm]
 ) -> list[dict[str, Any]]:
     return [
         {"cluster": cluster, **measured.group(measured.clusters == cluster, {**arms, "own_expert": alone.get(cluster)})}
@@ -349,7 +229,7 @@ def _by_domain(
 
 
 def _by_label(
-    measured: _Measured, labels: Sequence[str | None] | None, arms: Mapping[str, _Arm | None]
+    measured: Measured, labels: Sequence[str | None] | None, arms: Mapping[str, Arm | None]
 ) -> list[dict[str, Any]] | None:
     if labels is None:
         return None
@@ -358,32 +238,13 @@ def _by_label(
     return [row for row in rows if row["n_documents"]]
 
 
-def _domain_by_expert(measured: _Measured, n_clusters: int, alone: Mapping[int, _Arm]) -> dict[str, Any]:
+def _domain_by_expert(measured: Measured, n_clusters: int, alone: Mapping[int, Arm]) -> dict[str, Any]:
     rows = []
     for cluster in range(n_clusters):
         among = measured.clusters == cluster
         there = (measured.halves["report"] & among).any()
         rows.append([measured.perplexity(arm.nll, "report", among) if there else None for arm in alone.values()])
     return {"clusters": list(alone), "perplexity": rows}
-
-
-def _ratio(nll: float, base: float, n_tokens: int) -> float | None:
-    """Perplexity over that of the base; None where both are infinite."""
-    return None if math.isinf(nll) and math.isinf(base) else _exp((nll - base) / n_tokens)
-
-
-def _ratio_intervals(resamples: Resamples, nll: Array, base: Array) -> list[list[float] | None]:
-    """Intervals of the ratios of perplexities; None where both sides find some token impossible."""
-    if not np.isinf(base).any():
-        return [list(map(float, pair)) for pair in resamples.ratio_intervals(nll, base)]
-    return [
-        None if np.isinf(row).any() else [float(end) for end in resamples.ratio_intervals(row[None], base)[0]]
-        for row in nll
-    ]
-
-
-def _exp(exponent: float) -> float:
-    return math.exp(exponent) if exponent < 700 else math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ from cbtm.cluster.domains import DOMAINS_FORMAT, balance
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
 from cbtm.merge.binding import check_experts
-from cbtm.merge.evaluator import evaluate as evaluate_scores
+from cbtm.merge.evaluator import evaluate_documents
 from cbtm.merge.report import render_report
 from cbtm.merge.routed_text import routed_pieces, spread
 from cbtm.merge.router import routing_weights
@@ -27,7 +27,7 @@ from cbtm.merge.scorer import LOG_PROBS_FILE, OFFSETS_FILE
 from cbtm.merge.validation_set import Scores, ValidationSet, token_starts
 from cbtm.plan import Part
 from cbtm.progress import progress
-from cbtm.run import REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
+from cbtm.run import DOCUMENTS_FILE, REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
 from cbtm.stages.few_shot import evaluate_tasks
 from cbtm.stages.held_out import distances, held_out, open_router_parts, validation_set
 from cbtm.stages.result_tracking import track
@@ -53,9 +53,10 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     scores = _scores(run, validation.offsets, scratch)
     near = distances(run, clusterer, tokenizer, validation, scratch)
     with progress("evaluate", "tokens") as shown:
-        measured = evaluate_scores(
+        measured, documents = evaluate_documents(
             run.config.evaluate, validation, scores, near, body_share=_body_share(run), progress=shown.update
         )
+    _write_documents(work / DOCUMENTS_FILE, validation, documents)
     measured["routing"] = _routed_documents(measured, validation, near, tokenizer)
     if run.config.tasks:
         measured["tasks"] = evaluate_tasks(run, clusterer, tokenizer, measured, scratch)
@@ -63,9 +64,24 @@ def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     (work / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / SETTINGS_FILE).write_text(settings_table(result["ensemble"]), encoding="utf-8")
     (work / REPORT_FILE).write_text(render_report(result, _curves(run)), encoding="utf-8")
-    track(run, result, [work / RESULT_FILE, work / SETTINGS_FILE, work / REPORT_FILE], clusterer_folder, scratch)
+    track(run, result, [work / name for name in (RESULT_FILE, SETTINGS_FILE, REPORT_FILE)], clusterer_folder, scratch)
     dense = result["dense"]["perplexity"] if result["dense"] else None
     return {"dense": dense, "ensemble": best_setting(result)["perplexity"]}
+
+
+def _write_documents(path: Path, validation: ValidationSet, nats: Mapping[str, NDArray[np.float64]]) -> None:
+    """What each model gives to each held-out document, a row each: for comparisons of runs, document by document."""
+    assert validation.sp_ids is not None  # a stage's documents have come from a corpus
+    labels = validation.labels or [None] * len(validation.sp_ids)
+    halves = np.where(validation.selection, "choosing", "reported")
+    facts = (validation.sp_ids, validation.clusters, labels, halves, validation.n_counted, validation.n_bytes)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["sp_id", "cluster", "label", "half", "tokens", "bytes", *nats])
+        # As numbers of Python, whose repr is the shortest text that is the same number again.
+        columns = [values.tolist() for values in nats.values()]
+        for row in zip(*facts, *columns, strict=True):
+            writer.writerow(row)
 
 
 def _body_share(run: Run) -> float:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +49,13 @@ def replay_all(run: Run) -> ReplayReport:
 
 @contextmanager
 def child(
-    run: Run, name: str, kind: RunKind, *, cluster: int | None = None, own_task: bool = False
+    run: Run,
+    name: str,
+    kind: RunKind,
+    *,
+    cluster: int | None = None,
+    own_task: bool = False,
+    params: Mapping[str, object] | None = None,
 ) -> Iterator[Tracker]:
     """Tracker of one child run; it ends with the block, as failed if the block fails.
 
@@ -59,6 +65,7 @@ def child(
         kind: What it is about.
         cluster: Its cluster.
         own_task: Whether this is what the task's pod is for; a run that the pod was given is then this one.
+        params: What it is logged under, in place of the run's settings.
     """
     tracker = open_run(
         run.config.tracking,
@@ -72,7 +79,7 @@ def child(
         take_injected=own_task,
     )
     try:
-        tracker.log_params(settings(run))
+        tracker.log_params(settings(run) if params is None else params)
         yield tracker
     except (Interrupted, KeyboardInterrupt):
         tracker.close("KILLED")

@@ -40,7 +40,7 @@ __all__ = [
     "tracking_problem",
 ]
 
-RunKind = Literal["parent", "seed", "dense", "expert", "random", "average", "ensemble"]
+RunKind = Literal["parent", "seed", "dense", "expert", "random", "average", "ensemble", "comparison"]
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # No quote among them: keys become part of MLflow's search expressions.

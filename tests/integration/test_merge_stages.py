@@ -1,5 +1,6 @@
 """Everything that a run makes of its experts: ensembles, averages, few-shot answers; against slow ways to the same."""
 
+import csv
 import itertools
 import json
 import math
@@ -313,3 +314,28 @@ def test_a_task_without_files_is_refused_before_any_work(values, tmp_path):
     broken = values | {"root": str(tmp_path / "new"), "tasks": [TASK | {"path": str(tmp_path / "nothing")}]}
     with pytest.raises(ConfigError, match=r"task kinds: .*train.jsonl is not there"):
         stages.plan(Run(parse_config(json.dumps(broken))))
+
+
+# --- documents ---
+
+
+def test_figures_of_the_result_are_those_of_its_documents(made, result):
+    with open(made.uri("documents.csv"), newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sp_id"] for row in rows] == [document.sp_id for document in made.documents("validation")]
+    reported = [row for row in rows if row["half"] == "reported"]
+    tokens = sum(int(row["tokens"]) for row in reported)
+    assert (len(reported), tokens) == (result["n_documents"], result["n_tokens"])
+    assert sum(int(row["bytes"]) for row in reported) == result["n_bytes"]
+
+    def perplexity(name: str) -> float:
+        return math.exp(sum(float(row[name]) for row in reported) / tokens)
+
+    for name in ("seed", "dense", "random"):
+        assert perplexity(name) == pytest.approx(result[name]["perplexity"])
+    for row in result["averages"]:
+        assert perplexity(f"average-{row['name']}") == pytest.approx(row["perplexity"])
+    chosen = [row for row in result["ensemble"] if row["selected"]]
+    assert len(chosen) == sum("-top-" in name for name in rows[0])
+    for row in chosen:
+        assert perplexity(f"{row['ensemble']}-top-{row['top_k']}") == pytest.approx(row["perplexity"])
