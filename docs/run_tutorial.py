@@ -2,13 +2,12 @@
 
     python docs/run_tutorial.py [FOLDER]
 
-FOLDER receives all that the tutorial makes; it is emptied first, and is a temporary one by default. A block of YAML or
-Python whose first line is a comment with a file name is written to that file. What a block of commands prints on
-standard output goes into the `text` block that follows it.
+FOLDER receives all that the tutorial makes, and what is there from an earlier try is not made again; by default it is
+a temporary one. A block of YAML or Python whose first line is a comment with a file name is written to that file. What
+a block of commands prints on standard output goes into the `text` block that follows it.
 """
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,10 +89,9 @@ def main(arguments: list[str]) -> int:
     """Run the tutorial and refresh the page."""
     with tempfile.TemporaryDirectory(prefix="cbtm-tutorial-") as temporary:
         folder = Path(arguments[0]) if arguments else Path(temporary)
-        if arguments and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
-        (folder / "docs").symlink_to(PAGE.parent)
+        if not (folder / "docs").exists():
+            (folder / "docs").symlink_to(PAGE.parent)
         PAGE.write_text(run(PAGE.read_text(encoding="utf-8"), folder, in_a_shell), encoding="utf-8")
     return 0
 

@@ -135,6 +135,6 @@ def extending(base: RunConfig, corpus: CorpusConfig, root: str, *, name: str | N
         "train": train,
         "evaluate": evaluate,
     }
-    values = {key: value for key, value in values.items() if value != {} and key != "shared"}
+    values = {key: value for key, value in values.items() if value != {} and key not in ("shared", "compare")}
     RunConfig.parse(values, source="the extending configuration").check()
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
