@@ -69,6 +69,7 @@ class Text:
 _TEXT = ("--corpus", "{corpus}")
 _LABELLED = (*_TEXT, "--labels", "{labels}")
 _BENCHMARKS, _DESIGN, _README = "docs/benchmarks.md", "docs/design.md", "README.md"
+_SCALING = "docs/scaling.md"
 
 ENTRIES = (
     Entry(
@@ -203,5 +204,45 @@ ENTRIES = (
         240,
         packages=("torch", "transformers"),
         peers=("transformers",),
+    ),
+    Entry(
+        "storage",
+        "storage.py",
+        "Files go to and from an object store at least as fast as with the aws command and with boto3's defaults.",
+        (_BENCHMARKS,),
+        ("--bucket", "bench", "--workloads", "4x64000000,500x100000", "--repeats", "2", "--limit", "60"),
+        240,
+        packages=("boto3",),
+        peers=("boto3", "awscli"),
+        environment=("AWS_ENDPOINT_URL",),
+        as_printed=True,
+    ),
+    Entry(
+        "simulation",
+        "simulation.py",
+        "A task of a run of 10,000 shards and 128 clusters asks the store for little more than its own inputs.",
+        (_SCALING,),
+        ("--groups", "16", "--latency", "0"),
+        200,
+        as_printed=True,
+    ),
+    Entry(
+        "scaling",
+        "scaling.py",
+        "Stages grow in proportion to the documents, and none faster than in proportion to the clusters.",
+        (_SCALING,),
+        (*_TEXT, "--documents", "1000,4000", "--clusters", "2,8", "--at-documents", "1000"),
+        200,
+        packages=("torch", "tokenizers"),
+        as_printed=True,
+    ),
+    Entry(
+        "scaling-model",
+        "scaling_model.py",
+        "What the measured rates come to for C4 and 128 experts.",
+        (_SCALING,),
+        (),
+        30,
+        as_printed=True,
     ),
 )

@@ -46,12 +46,12 @@ def write_corpus(corpora: Sequence[str], n_documents: int, folder: Path) -> None
         (folder / path).write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
 
 
-def settings(corpus: Path, root: Path, tokenizer: str, n_clusters: int) -> dict[str, Any]:
+def settings(corpus: Path, root: Path, tokenizer: str | None, n_clusters: int) -> dict[str, Any]:
     training = {"context_length": _CONTEXT, "log_every": 1, "learning_rate": 1e-3, "threads": 1}
     return {
         "root": str(root),
         "corpus": {"root": str(corpus)},
-        "tokenizer": {"path": tokenizer},
+        "tokenizer": {"path": tokenizer} if tokenizer else {"vocab_size": 2048},
         "cluster": {"n_clusters": n_clusters, "device": "cpu"},
         "seed_model": {
             "scratch": {"hidden_size": 64, "n_layers": 2, "n_heads": 4},
@@ -64,7 +64,7 @@ def settings(corpus: Path, root: Path, tokenizer: str, n_clusters: int) -> dict[
     }
 
 
-def point(corpora: Sequence[str], tokenizer: str, n_documents: int, n_clusters: int) -> Callable[[], Any]:
+def point(corpora: Sequence[str], tokenizer: str | None, n_documents: int, n_clusters: int) -> Callable[[], Any]:
     """Prepare one run; its work returns what each stage took: wall and processor seconds, and units of work."""
     from cbtm import stages
     from cbtm.run import Run
@@ -160,7 +160,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", action="append", required=True, metavar="FOLDER", help="may be given several times")
-    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="of a given tokenizer, as tokenizer.path")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a given tokenizer; default one of 2,048 is trained")
     parser.add_argument("--documents", type=numbers, default="", help="sizes of the first table, with commas")
     parser.add_argument("--clusters", type=numbers, default="", help="sizes of the second table, with commas")
     parser.add_argument("--at-clusters", type=int, default=8, help="clusters of the first table")
