@@ -40,6 +40,11 @@ NOT_RUN = {
     "make test-containers": "minutes in a container engine; .ci/run ends with it",
     "make images": "needs a container engine; tests/containers builds with the same script",
     "BASE=registry.example.org/python:3.11 make images": "needs a container engine and that registry",
+    "make release-check": "builds and installs the wheel; .ci/run has it",
+    "make release-check RELEASE=1": "the same, on a commit that is to be tagged",
+    "make compare": "many runs; tests/integration/test_comparison.py has a small one",
+    "make compare CORPUS=path/to/folder": "many runs, as above",
+    "cbtm compare my.yaml": "many runs, as above",
     "images/pin": "needs buildx and Docker Hub",
     "make compile": "would write into the checkout; .ci/run has make compile-check",
     ".venv/bin/python -m pytest tests/cluster/test_kmeans.py -k remainder": "is part of these tests",
@@ -327,7 +332,9 @@ def failed_run_on_kubeflow(reader: Reader) -> None:
 
 
 PREPARED: dict[str, Callable[[Reader], None]] = {
-    **dict.fromkeys(("train mine", "evaluate mine", "average mine", "score mine", "assign mine"), run_of_my_own),
+    **dict.fromkeys(
+        ("train mine", "extend", "evaluate mine", "average mine", "score mine", "assign mine"), run_of_my_own
+    ),
     **dict.fromkeys(("run mine.yaml --set root=s3", "generate 'def read(path):' --root s3"), run_in_s3),
     **dict.fromkeys(("drift", "ui m", "tracking replay mine"), run_of_my_own),
     "ui run": run_of_operations,
