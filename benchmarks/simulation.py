@@ -25,12 +25,13 @@ from counted_store import KINDS, MemoryStore, counted
 
 from cbtm import s3, stages, storage
 from cbtm.branch.tokenizer import TOKENIZER_FILES
-from cbtm.cluster.assigner import LEARNED, RANDOM, assignment_path, token_shard
-from cbtm.cluster.clusterer import DECIDING_FILES, DOMAINS_FILE, PROFILE_FILE
+from cbtm.cluster.assigner import CLUSTERS, LEARNED, RANDOM, assignment_path, held_out_shard, token_shard
+from cbtm.cluster.clusterer import CLUSTERER_FORMAT, DECIDING_FILES, DOMAINS_FILE, PROFILE_FILE
 from cbtm.cluster.clusterer import SETTINGS_FILE as CLUSTERER_FILE
 from cbtm.manifest import FileEntry, Manifest, StageSpec
 from cbtm.merge.scorer import LOG_PROBS_FILE, OFFSETS_FILE, SCORES_FILE
 from cbtm.plan import ShardGroup
+from cbtm.run import DOCUMENTS_FILE as RUN_DOCUMENTS_FILE
 from cbtm.run import REPORT_FILE, RESULT_FILE, SETTINGS_FILE, Run
 from cbtm.stages import result
 from cbtm.tokens import DOCUMENTS, OFFSETS, TOKENS
@@ -98,7 +99,9 @@ def fill(store: MemoryStore, size: Size) -> None:
     run = open_run(size)
     plan = run.make_plan()
     _publish(store, run.tokenizer_spec(), list(TOKENIZER_FILES), {})
-    _publish(store, run.cluster_spec(), [*DECIDING_FILES, PROFILE_FILE, DOMAINS_FILE, CLUSTERER_FILE], {})
+    clusterer = dict.fromkeys([*DECIDING_FILES, PROFILE_FILE, DOMAINS_FILE], b"")
+    described = {"format": CLUSTERER_FORMAT, "n_clusters": size.clusters}
+    _publish(store, run.cluster_spec(), {**clusterer, CLUSTERER_FILE: json.dumps(described).encode()}, {})
     for group in plan.groups:
         facts = {"documents": 1, "skipped": {}, "without_words": 0, "clusters": group_counts(group, size)}
         _publish(store, run.assign_spec(group.name), group_files(group, size), facts)
@@ -107,7 +110,7 @@ def fill(store: MemoryStore, size: Size) -> None:
         _publish(store, run.train_spec(member), _model_files(run, member), facts)
         scores = {"forward_passes": 1, "tokens_scored": 1, "tokens_fed": 1, "compute_share": 1.0}
         _publish(store, run.score_spec(member), [LOG_PROBS_FILE, OFFSETS_FILE, SCORES_FILE], scores)
-    _publish(store, run.evaluate_spec(), [REPORT_FILE, RESULT_FILE, SETTINGS_FILE], {})
+    _publish(store, run.evaluate_spec(), [REPORT_FILE, RESULT_FILE, SETTINGS_FILE, RUN_DOCUMENTS_FILE], {})
 
 
 def partitions(group: ShardGroup) -> list[str]:
@@ -116,6 +119,11 @@ def partitions(group: ShardGroup) -> list[str]:
 
 def group_files(group: ShardGroup, size: Size) -> list[str]:
     """Paths of what the assigner publishes for a group of documents without prompts."""
+    if group.part == "validation":
+        held_out = "/".join(held_out_shard(group.split, group.name))
+        return sorted(
+            [*map(assignment_path, group.paths), *(held_out + end for end in (TOKENS, OFFSETS, DOCUMENTS, CLUSTERS))]
+        )
     shards = [
         "/".join(token_shard(partition, group.split, cluster, group.name)) + suffix
         for partition in partitions(group)
@@ -191,7 +199,7 @@ def tasks(size: Size) -> Iterator[tuple[str, int, Callable[[Run, Path], object]]
 
 def _evaluate(run: Run) -> None:
     run.evaluate_spec()
-    result._check_bindings(run)
+    result._check_bindings(run, ())
     result._counts(run, "train")
     result._seconds(run)
     result._cost(run)

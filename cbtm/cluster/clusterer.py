@@ -24,7 +24,7 @@ CENTERS_FILE, SETTINGS_FILE, DOMAINS_FILE = "centers.safetensors", "clusterer.js
 PROFILE_FILE = "profile.json"
 # What decides to which cluster a text belongs; the other files describe it.
 DECIDING_FILES = (embedders.SETTINGS_FILE, embedders.ARRAYS_FILE, CENTERS_FILE)
-_FORMAT = 2
+CLUSTERER_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Clusterer:
             _write_json(folder / DOMAINS_FILE, domains)
         names = (*DECIDING_FILES, PROFILE_FILE, DOMAINS_FILE)
         settings = {
-            "format": _FORMAT,
+            "format": CLUSTERER_FORMAT,
             "n_clusters": self.n_clusters,
             "n_components": int(self.centers.shape[1]),
             **({"ancestors": [asdict(one) for one in self.ancestors]} if self.ancestors else {}),
@@ -153,8 +153,10 @@ def read_settings(uri: str) -> dict[str, Any]:
         found, _ = settings["format"], settings["n_clusters"]
     except (StorageError, ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{uri} is no clusterer folder: {error}; fit the clusterer again") from error
-    if found != _FORMAT:
-        raise ManifestError(f"{uri}: clusterer format {found!r}, this cbtm reads {_FORMAT}; fit the clusterer again")
+    if found != CLUSTERER_FORMAT:
+        raise ManifestError(
+            f"{uri}: clusterer format {found!r}, this cbtm reads {CLUSTERER_FORMAT}; fit the clusterer again"
+        )
     return settings
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import cbtm
 from cbtm import storage
 from cbtm.branch.tokenizer import TextTokenizer
-from cbtm.cluster.clusterer import DOMAINS_FILE, Clusterer, read_ancestors
+from cbtm.cluster.clusterer import DOMAINS_FILE, Ancestor, Clusterer
 from cbtm.cluster.domains import DOMAINS_FORMAT, balance
 from cbtm.errors import ManifestError
 from cbtm.manifest import Manifest, run_stage
@@ -45,9 +45,9 @@ def evaluate(run: Run) -> Manifest:
 
 def _evaluate(run: Run, work: Path) -> dict[str, Any]:
     scratch = work.parent
-    _check_bindings(run)
     clusterer_folder = run.fetch(run.cluster_spec(), scratch)
     clusterer = Clusterer.load(clusterer_folder)
+    _check_bindings(run, clusterer.ancestors)
     tokenizer = TextTokenizer.load(run.fetch(run.tokenizer_spec(), scratch))
     held = held_out(run, scratch)
     validation = validation_set(run, held, tokenizer)
@@ -131,14 +131,14 @@ def read_domains(path: Path) -> dict[str, Any]:
     return dict(described)
 
 
-def _check_bindings(run: Run) -> None:
+def _check_bindings(run: Run, ancestors: Sequence[Ancestor]) -> None:
     """Refuse an expert that was trained for another cluster, or under another clusterer, than the router's."""
     for kind in ("expert", "random"):
         members = {one.cluster: one for one in run.config.members if one.kind == kind and one.cluster is not None}
         check_experts(
             {cluster: run.train_spec(member).root for cluster, member in members.items()},
             clusterer_digest=run.clusterer_digest,
-            ancestors=read_ancestors(run.cluster_spec().root),
+            ancestors=ancestors,
             kind=kind,
         )
 

@@ -40,7 +40,7 @@ REQUESTS = {  # head, get, list, put, delete
     "score:dense": (1, 23, 2, 5, 2),
     "score:cluster": (1, 23, 2, 5, 2),
     "score:random": (1, 23, 2, 5, 2),
-    "evaluate": (0, 64, 0, 4, 1),
+    "evaluate": (0, 64, 0, 5, 1),
 }
 # Passes over the training text, of all tasks of a stage together, and over the validation text.
 PASSES = {
