@@ -35,9 +35,9 @@ def smaller_file(name: str, text: str) -> str:
         return text
     values = yaml.safe_load(text)
     values["seed_model"]["scratch"] = {"hidden_size": 16, "n_layers": 1, "n_heads": 2}
-    values["seed_model"]["training"] |= {"steps": 12, "warmup_steps": 2, "context_length": 32, "threads": 1}
-    values["train"] |= {"steps": 4, "warmup_steps": 1, "context_length": 32}
-    values["score"] |= {"max_documents": 40, "max_tokens": 33}
+    values["seed_model"]["training"] |= {"steps": 12, "warmup_steps": 2, "context_length": 64, "threads": 1}
+    values["train"] |= {"steps": 4, "warmup_steps": 1, "context_length": 64}
+    values["score"] |= {"max_documents": 24, "max_tokens": 33}
     values["cluster"] |= {"n_components": 20}
     values["evaluate"] = {"temperatures": [0.1], "bootstrap_resamples": 100}
     return yaml.safe_dump(values)
