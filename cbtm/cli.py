@@ -8,6 +8,7 @@ import typer
 
 from cbtm import __version__, storage
 from cbtm.cli_cluster import cluster_app
+from cbtm.cli_compare import compare_app
 from cbtm.cli_corpus import corpus_app, say
 from cbtm.cli_extend import extend_app
 from cbtm.errors import CbtmError, ConfigError
@@ -82,37 +83,6 @@ def demo(
     local.run_pipeline(this)
     typer.echo(format_table(headline_rows(this.result())))
     typer.echo(f"report: {this.uri(REPORT_FILE)}")
-
-
-@app.command()
-def compare(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file; default the one that comes with cbtm.")
-    ] = None,
-    override: SetOption = None,
-    root: Annotated[Path, typer.Option(help="Folder of the results, where no CONFIG is given.")] = Path("runs/compare"),
-    corpus: Annotated[
-        Path | None, typer.Option(help="Folder of own text, where no CONFIG is given; default a sample of real text.")
-    ] = None,
-) -> None:
-    """Compare dense models, random clusters and several numbers of experts at equal tokens; resumes."""
-    from cbtm import local
-    from cbtm.comparison import COMPARISON_REPORT_FILE, Comparison
-    from cbtm.corpora.folder import demo_corpus
-    from cbtm.merge.arms_report import format_comparison
-    from cbtm.run_config import demo_config, load_config
-    from cbtm.stages.comparison import result
-
-    if config is not None:
-        found = load_config(config, override)
-    else:
-        text = demo_corpus(corpus, root.parent / "corpora", progress=say)
-        splits = (str(text.root), text.train_split, text.validation_split)
-        found = demo_config(str(root), *splits, override or [], name="compare")
-    this = Comparison(found)
-    local.run_comparison(this)
-    typer.echo(format_comparison(result(this)))
-    typer.echo(f"report: {this.shared.uri(COMPARISON_REPORT_FILE)}")
 
 
 @app.command()
@@ -398,6 +368,7 @@ def tracking_replay(config: ConfigArgument, override: SetOption = None) -> None:
 
 
 app.registered_commands += extend_app.registered_commands
+app.registered_commands += compare_app.registered_commands
 app.registered_commands += cluster_app.registered_commands  # after those of one machine
 
 

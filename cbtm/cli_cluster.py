@@ -37,6 +37,7 @@ QueueOption = Annotated[str | None, typer.Option(help="Kueue's queue for all pod
 @cluster_app.command("compile")
 def compile_pipeline(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("cbtm-pipeline.yaml"),
+    comparison: Annotated[bool, typer.Option("--comparison", help="The pipeline of cbtm compare.")] = False,
     cpu_image: CpuImageOption = None,
     gpu_image: GpuImageOption = None,
     image_digests: DigestsOption = None,
@@ -47,7 +48,8 @@ def compile_pipeline(
     """Write the pipeline for a cluster, to upload it or to submit it with --pipeline."""
     from cbtm.kubeflow.pipeline_file import images_of, shipped_pipeline
 
-    text = _fitted(shipped_pipeline(), cpu_image, gpu_image, image_digests, parallelism, shm_size, queue)
+    shipped = shipped_pipeline("compare" if comparison else "cbtm")
+    text = _fitted(shipped, cpu_image, gpu_image, image_digests, parallelism, shm_size, queue)
     output.write_text(text, encoding="utf-8")
     typer.echo(f"{output} cpu-image={images_of(text)['cpu']} gpu-image={images_of(text)['gpu']}")
 

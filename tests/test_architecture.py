@@ -26,11 +26,11 @@ LAYERS = [
     {"run", "run_config", "compare_config", "comparison", "planned"},
     {"stages"},
     {"kubeflow"},
-    {"local", "cli", "cli_cluster", "cli_corpus", "cli_extend"},
+    {"local", "cli", "cli_cluster", "cli_corpus", "cli_extend", "cli_compare"},
 ]
 # Makes corpora; no stage needs it, so it stands beside the others and sees little of them.
 CORPORA_MAY_IMPORT = {"corpora", "errors", "corpus", "config", "storage"}
-MAY_IMPORT_CORPORA = {"cli", "cli_corpus"}
+MAY_IMPORT_CORPORA = {"cli", "cli_compare", "cli_corpus"}
 HEAVY = {"kfp", "kubernetes", "mlflow", "torch", "transformers"}
 
 
