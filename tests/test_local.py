@@ -11,7 +11,8 @@ from small import settings
 
 from cbtm import local
 from cbtm.errors import ConfigError
-from cbtm.run import Run, parse_config
+from cbtm.run import Run
+from cbtm.run_config import parse_config
 
 # Three tasks that each wait for the other two: they end only if all run at once. kfp itself would run two.
 PIPELINE = """

@@ -141,7 +141,7 @@ def test_what_the_package_cannot_is_refused(n_points, n_clusters, message):
 
 def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "balanced_kmeans", None)
-    with pytest.raises(ConfigError, match="pip install 'cbtm\[balanced-kmeans\]', or use backend='balanced'"):
+    with pytest.raises(ConfigError, match=r"pip install 'cbtm\[balanced-kmeans\]', or use backend='balanced'"):
         fit_kmeans(groups([4, 4]), 2, backend="balanced-kmeans", random_state=0)
 
 
