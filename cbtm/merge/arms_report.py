@@ -137,7 +137,7 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]], *, label: str) -> str:
         axes.set_xlim(min(ks) / 1.3, max(ks) * 1.3)
         axes.set_xlabel("k, the number of clusters and of experts")
         axes.set_ylabel("perplexity (lower is better)")
-        legend_above(figure, axes)
+        legend_above(figure, axes, columns=4)
 
     return svg("comparison", label, (WIDTH, 3.8), draw)
 
@@ -188,7 +188,7 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
 
 
 def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
+    return f"{100 * (ratio - 1):+.1f}\u00a0%"
 
 
 def _span(low: float, high: float) -> str:

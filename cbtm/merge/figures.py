@@ -332,10 +332,10 @@ def log_scale(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def legend_above(figure: "Figure", axes: "Axes") -> None:
-    """Put the legend of `axes` above the panels."""
+def legend_above(figure: "Figure", axes: "Axes", *, columns: int = 6) -> None:
+    """Put the legend of `axes` above the panels, in at most so many columns."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(6, max(1, len(labels))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, max(1, len(labels))))
 
 
 def svg(name: str, label: str, size: tuple[float, float], draw: Callable[["Figure"], None]) -> str:
