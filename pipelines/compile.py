@@ -8,6 +8,7 @@ committed file, where there is no checkout.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,12 +19,17 @@ from kfp import compiler
 from pipelines import cbtm, compare
 from pipelines.pods import Options
 
+_PROTOBUF = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 TARGET = Path(__file__).resolve().parent.parent / "cbtm" / "compiled"
 PIPELINES = {"cbtm.yaml": cbtm.build, "compare.yaml": compare.build}
 
 
 def main() -> None:
     """Compile, or compare."""
+    if os.environ.get(_PROTOBUF) != "python":
+        # KFP numbers nested loops in the order of a protobuf map, which in its C implementation differs each time.
+        command = [sys.executable, "-m", "pipelines.compile", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, _PROTOBUF: "python"})  # noqa: S606 - no shell, ourselves
     given = _arguments()
     options = Options(given.parallelism, given.shm_size, given.queue)
     for name, pipeline in PIPELINES.items():

@@ -15,8 +15,11 @@ import cbtm
 from components import images
 
 PROJECT = Path(__file__).resolve().parents[1]
-# Where a version may be spelled: its one place, the history, and what is compiled from it (make compile-check).
-PLACES = ("cbtm/__init__.py", "CHANGELOG.md", "cbtm/compiled/", "docs/decisions/", "constraints.txt")
+# Where a version may be spelled: its one place, the history, and what is made of it and checked (make compile-check,
+# and the generated page of the components).
+PLACES = (
+    *("cbtm/__init__.py", "CHANGELOG.md", "cbtm/compiled/", "docs/decisions/", "docs/components.md", "constraints.txt"),
+)
 # Lines that tell of a version and set none: of files that it wrote, and of other packages.
 TELLS = re.compile(r'of cbtm \d|"cbtm_version": "|balanced-kmeans \(')
 
