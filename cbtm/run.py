@@ -76,7 +76,9 @@ class Run(PlannedRun):
         """
         if self.config.shared is None:
             return None
-        found = Run(recorded_config(self.config.shared))
+        # Where it lies now: it may have been copied since it wrote down where it lay.
+        root = self.config.shared
+        found = Run(recorded_config(root).model_copy(update={"root": root}))
         self.config.check_shared(found.config)
         return found
 

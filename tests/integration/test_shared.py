@@ -1,6 +1,7 @@
 """Runs that take tokenizer, seed model and held-out tokens from another run."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cbtm import stages
 from cbtm.errors import ConfigError, StorageError
 from cbtm.run import Run
 from cbtm.run_config import parse_config
+from cbtm.train.member import Member
 
 
 def finished(values: dict[str, Any]) -> Run:
@@ -103,6 +105,15 @@ def test_run_to_share_with_that_differs_is_refused(first, values, tmp_path, chan
         config[section] = config.get(section, {}) | fields
     with pytest.raises(ConfigError, match=message):
         stages.plan(Run(parse_config(json.dumps(config))))
+
+
+def test_run_to_share_with_is_read_where_it_lies_now(first, values, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(first.config.root, moved)
+    run = Run(parse_config(json.dumps(values | {"root": str(tmp_path / "out"), "shared": str(moved)})))
+    stages.plan(run)
+    assert run.tokenizer_spec().root == str(moved / "tokenizer")
+    assert run.train_spec(Member("seed")).root == str(moved / "seed")
 
 
 def test_run_to_share_with_that_itself_shares_is_refused(second, values, tmp_path):
