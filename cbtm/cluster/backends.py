@@ -123,8 +123,13 @@ def _sklearn(
     progress: Callable[[int, float], None] | None,
 ) -> KMeansResult:
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    model = KMeans(n_clusters, n_init=n_init, max_iter=max_iterations, tol=tolerance, random_state=random_state).fit(x)
+    model = KMeans(n_clusters, n_init=n_init, max_iter=max_iterations, tol=tolerance, random_state=random_state)
+    # Its threads add up their sums in the order in which they end: with three or more, one random state gives centres
+    # that differ in the last digits.
+    with threadpool_limits(1, user_api="openmp"):
+        model.fit(x)
     inertia = float(model.inertia_)
     if progress is not None:
         progress(model.n_iter_, inertia)

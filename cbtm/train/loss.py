@@ -11,8 +11,9 @@ models of transformers take as it is; those that do not are found by trying.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden @ weight.T)[target]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, all_learned: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, all_learned: bool, fused: bool) -> Tensor:
         # Custom functions are left alone by autocast: its type is taken for the matrix products here.
         low = _compute_dtype(weight)
         head = weight.to(low)
@@ -47,7 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets = targets if ignored is None else targets.masked_fill(ignored, 0)
         n_rows, size = hidden.shape[0], _chunk_rows(hidden.device)
         # One chunk's logits, written over and over: a new tensor of this size is new pages for each chunk.
-        buffer = hidden.new_empty((min(size, n_rows), weight.shape[0]), dtype=torch.float32)
+        shape = (min(size, n_rows), weight.shape[0])
+        buffer = None if fused else hidden.new_empty(shape, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden)  # (N, D)
         # In float32 whatever the weight's type: many chunks are added up.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)  # (V, D)
@@ -55,17 +57,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, n_rows, size):
             chunk = slice(start, start + size)
             rows, target = hidden[chunk].to(low), targets[chunk, None]  # (n, D), (n, 1)
-            logits = buffer[: len(rows)]  # (n, V)
-            if low == torch.float32:
-                torch.mm(rows, head.T, out=logits)
+            if buffer is None:
+                losses, slope = _compiled_losses()(rows @ head.T, target)
             else:
-                logits.copy_(rows @ head.T)
-            at_target = logits.gather(1, target)  # (n, 1)
-            top, place = logits.max(dim=1, keepdim=True)
-            slope = torch.softmax(logits, dim=1, out=logits)
-            # The largest probability is 1 over the sum of exp(logit - top), and never so small that it vanishes.
-            losses = top - slope.gather(1, place).log() - at_target
-            slope.scatter_add_(1, target, torch.full_like(top, -1.0))
+                logits = buffer[: len(rows)]  # (n, V)
+                if low == torch.float32:
+                    torch.mm(rows, head.T, out=logits)
+                else:
+                    logits.copy_(rows @ head.T)
+                losses, slope = _losses(logits, target)
             if learned is not None:
                 losses, rows = losses * learned[chunk], rows * learned[chunk].to(low)
             total += losses.sum()
@@ -82,10 +82,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # In place: a loss is differentiated once.
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None, None
+
+
+def _losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row in nats, float32 (n, 1), and its slope by the logits, (n, V), in their place.
+
+    Args:
+        logits: Float32, shape (n, V); overwritten.
+        target: Token ids, int64, shape (n, 1).
+    """
+    at_target = logits.gather(1, target)  # (n, 1)
+    top, place = logits.max(dim=1, keepdim=True)
+    slope = torch.softmax(logits, dim=1, out=logits)
+    # The largest probability is 1 over the sum of exp(logit - top), and never so small that it vanishes.
+    losses = top - slope.gather(1, place).log() - at_target
+    slope.scatter_add_(1, target, torch.full_like(top, -1.0))
+    return losses, slope
+
+
+def _fused_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_losses`, in a form that compiles to one kernel, and with a slope in the type of the logits."""
+    wide = logits.float()
+    top = wide.amax(dim=1, keepdim=True)
+    exponentials = (wide - top).exp()
+    total = exponentials.sum(dim=1, keepdim=True)  # (n, 1)
+    losses = top + total.log() - wide.gather(1, target)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target  # (n, V)
+    return losses, (exponentials / total - is_target.float()).to(logits.dtype)
+
+
+@cache
+def _compiled_losses() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_fused_losses`, compiled when it is first called."""
+    compiled: Any = torch.compile(_fused_losses)
+    return cast(Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], compiled)
 
 
 def _chunk_rows(device: torch.device) -> int:
@@ -97,7 +131,9 @@ def _chunk_rows(device: torch.device) -> int:
     return CHUNK_ROWS if device.type == "cpu" else GPU_CHUNK_ROWS
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, all_learned: bool = False) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, all_learned: bool = False, fused: bool = False
+) -> Tensor:
     """Sum of the cross-entropies of `hidden @ weight.T` against `targets`, in nats.
 
     Args:
@@ -105,11 +141,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, all
         weight: Head, shape (V, D).
         targets: Token ids, int64, shape (N,); rows whose target is `IGNORED` add nothing.
         all_learned: That no target is `IGNORED`, which need not be looked for then.
+        fused: Compile what is between the two matrix products of a chunk into one kernel.
 
     Returns:
         Scalar float32; divide by N for the mean. Gradients of first order only.
     """
-    loss = _LinearCrossEntropy.apply(hidden, weight, targets, all_learned)  # type: ignore[no-untyped-call]
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets, all_learned, fused)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)
 
 
@@ -125,10 +162,12 @@ class CausalLoss:
     Args:
         model: Any AutoModelForCausalLM. Whether its head is one plain matrix is found by looking at what goes into
             the head and what becomes of its output on one short input, not by a list of known models.
+        fused: Compile the loss's own part, which takes a minute at the first step; for training on a GPU.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, fused: bool = False) -> None:
         self._model: Any = model
+        self._fused = fused
         self.plain_head = self._head_is_one_matrix()
         self._mixes: str | None = None  # why documents of one block are not kept apart; "" where they are
 
@@ -161,7 +200,9 @@ class CausalLoss:
         states = self._states(inputs, positions, segments)
         rows, flat, _ = _select(states, targets, n_targets)
         if self.plain_head:
-            return linear_cross_entropy(rows, self._weight(), flat, all_learned=n_targets is not None)
+            return linear_cross_entropy(
+                rows, self._weight(), flat, all_learned=n_targets is not None, fused=self._fused
+            )
         return nn.functional.cross_entropy(rows.float(), flat, reduction="sum", ignore_index=IGNORED)
 
     @torch.no_grad()

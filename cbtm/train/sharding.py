@@ -137,7 +137,8 @@ def shard(model: nn.Module, config: OptimizationConfig, ranks: Ranks) -> Shardin
 
 def make_loss(model: nn.Module, config: OptimizationConfig) -> LossModule:
     """The loss, which looks at the model as it is: before anything is wrapped or compiled."""
-    loss = CausalLoss(model)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    loss = CausalLoss(model, fused=config.compile and on_gpu)
     if config.packing == "separate":
         loss.check_apart(config.context_length)
     return LossModule(model, loss)
@@ -269,7 +270,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     # A layer may hold a longer list than the decoder does, of the experts of a mixture.
     outer = [list(found) for name, found in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
-        raise ConfigError(f"{type(model).__name__} has no list of layers to be sharded; use sharding=ddp")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of layers to be sharded or compiled; use sharding=ddp, compile=false"
+        )
     return max(outer, key=len)
 
 
@@ -288,8 +291,11 @@ def prepare(model: nn.Module, config: OptimizationConfig) -> None:
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.compile:
-        decoder = getattr(model, "base_model", model)  # the head is computed in chunks, outside of it
-        decoder.compile()
+        # Layer by layer: that compiles one layer instead of all, and leaves the mask of the attention outside. While
+        # a whole decoder is compiled, transformers makes one (before PyTorch 2.14), and attention takes twice as long.
+        # The head is computed in chunks of its own.
+        for layer in decoder_layers(model):
+            layer.compile()
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizationConfig) -> torch.optim.Optimizer:

@@ -155,7 +155,7 @@ def test_learned_assignment_is_greedy_and_the_random_one_is_even(parts, tmp_path
     facts = assign(parts, tmp_path)
     learned, random = ([row["documents"] for row in facts["clusters"][name]] for name in ("learned", "random"))
     assert sum(learned) == sum(random) == 46
-    assert max(learned) > 20  # 0.6 of 46 in one domain
+    assert max(learned) > max(random)  # 0.6 of 46 in one domain, and clusters that are balanced in the sample alone
     # Within one document a file, 3 files: at most 3 between the largest and the smallest.
     assert max(random) - min(random) <= 3
     totals = [[sum(row[key] for row in rows) for key in ("tokens", "bytes")] for rows in facts["clusters"].values()]

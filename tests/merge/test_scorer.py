@@ -74,8 +74,8 @@ def score(folder, model, lengths, *, context_length=CONTEXT, prefix=None, needed
 def naive(model, tokens, prefix=()):
     """Log-probability of tokens 1, 2, … from one forward pass over one document, by transformers' own logits."""
     row = torch.tensor([*prefix, *tokens.tolist()])[None]
-    with torch.no_grad():
-        log_probs = model(input_ids=row[:, :-1]).logits.log_softmax(dim=-1)
+    with torch.no_grad():  # on the device where scoring left the model
+        log_probs = model(input_ids=row[:, :-1].to(model.device)).logits.log_softmax(dim=-1).cpu()
     return log_probs[0, torch.arange(row.shape[1] - 1), row[0, 1:]].numpy()[len(prefix) :]
 
 
@@ -340,7 +340,7 @@ def test_without_separator_the_model_sees_the_text_alone(tmp_path, model, prefix
         text = tokens[1:11]
         row = torch.tensor([front + text.tolist()])
         with torch.no_grad():
-            log_probs = model(input_ids=row).logits[0].double().log_softmax(dim=-1)
+            log_probs = model(input_ids=row.to(model.device)).logits[0].cpu().double().log_softmax(dim=-1)
         expected = [log_probs[len(front) + place - 1, text[place]].item() for place in range(1, len(text))]
         np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
     assert facts["tokens"] == 18

@@ -107,7 +107,8 @@ def naive(model, context, answers, front=()):
     for answer in answers:
         row = torch.tensor([*front, *context.tolist(), *answer.tolist()])[None]
         with torch.no_grad():
-            log_probs = model(input_ids=row[:, :-1], use_cache=False).logits.log_softmax(dim=-1)[0]
+            logits = model(input_ids=row[:, :-1].to(model.device), use_cache=False).logits.cpu()
+        log_probs = logits.log_softmax(dim=-1)[0]
         found += log_probs[torch.arange(-len(answer), 0), row[0, -len(answer) :]].tolist()
     return np.array(found)
 

@@ -279,8 +279,10 @@ def two(request, tmp_path_factory, one_rank):
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(cbtm.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(cbtm.__file__).parents[1]), *sys.path]),
     }
+    if request.param == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch would use streams that are replaced here
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, *arguments],

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow  # PyTorch is loaded three times in each start
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(FIXTURES))  # for the processes that are started
+    # For the processes that are started; before what there is, where cbtm or its packages may lie.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FIXTURES), *filter(None, [os.environ.get("PYTHONPATH")])]))
 
 
 def job_in(folder, *, steps=6, device="cpu", threads=1, **bindings):
@@ -193,6 +194,7 @@ def test_one_process_is_this_one(tmp_path, monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # an earlier test may have had it count
     with pytest.raises(ConfigError, match="devices=3, but 0 GPUs are visible here; lower it, or train with device=cpu"):
         launched(job_in(tmp_path, device="cuda"), n_processes=3)
     assert not (tmp_path / "scratch").exists()

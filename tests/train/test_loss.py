@@ -10,7 +10,7 @@ from cbtm.errors import ConfigError
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 from cbtm.train import loss as module
 from cbtm.train.data import IGNORED, BlockOrder
-from cbtm.train.loss import CHUNK_ROWS, CausalLoss, linear_cross_entropy
+from cbtm.train.loss import CHUNK_ROWS, GPU_CHUNK_ROWS, CausalLoss, _fused_losses, linear_cross_entropy
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 32}
@@ -112,6 +112,36 @@ def test_value_and_gradients_are_those_of_cross_entropy(n):
     torch.testing.assert_close(total, plain, rtol=1e-5, atol=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_fused_loss_is_the_plain_one(monkeypatch, ignored):
+    # Uncompiled: a compiler is not on every machine. On a GPU it is compiled below.
+    monkeypatch.setattr("cbtm.train.loss._compiled_losses", lambda: _fused_losses)
+    hidden, weight, targets = rows(2 * CHUNK_ROWS + 37)
+    if ignored:
+        targets = some_ignored(targets)
+    settings = {"all_learned": not ignored}
+    plain, fused = (linear_cross_entropy(hidden, weight, targets, fused=way, **settings) for way in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
+    slopes = [torch.autograd.grad(3 * total, (hidden, weight)) for total in (fused, plain)]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("vocabulary", [300, 50_272])
+def test_compiled_loss_is_the_plain_one_on_a_gpu_in_bfloat16(vocabulary):
+    hidden, weight, targets = (part.detach().cuda() for part in rows(2 * GPU_CHUNK_ROWS + 37, 64, vocabulary))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = []
+        for fused in (False, True):
+            leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+            total = linear_cross_entropy(*leaves, targets, all_learned=True, fused=fused)
+            found.append((total, *torch.autograd.grad(total, leaves)))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm()
 
 
 def test_no_piece_of_logits_has_more_rows_than_a_chunk(monkeypatch):

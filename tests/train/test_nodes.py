@@ -42,7 +42,7 @@ class Machines:
                     *(sys.executable, str(FIXTURES / "one_node.py"), str(job.output.with_name("job.json"))),
                     *(str(self.n_processes), *Node(number, 2, "127.0.0.1", port).arguments()),
                 ],
-                env={**os.environ, "PYTHONPATH": str(FIXTURES), **environment},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (FIXTURES, *sys.path))), **environment},
                 stderr=(job.output.parent / "log.txt").open("a"),
             )
             for number, job in enumerate(self.jobs)

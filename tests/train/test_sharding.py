@@ -252,7 +252,7 @@ def small():
 def test_layers_are_the_entries_of_the_longest_list_of_modules():
     model = small()
     assert decoder_layers(model) == list(model.model.decoder.layers)
-    with pytest.raises(ConfigError, match="Linear has no list of layers to be sharded; use sharding=ddp"):
+    with pytest.raises(ConfigError, match="Linear has no list of layers to be sharded or compiled; use sharding=ddp"):
         decoder_layers(torch.nn.Linear(2, 2))
 
 

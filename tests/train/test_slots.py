@@ -33,6 +33,8 @@ def slots(tmp_path, monkeypatch):
     monkeypatch.setenv("CBTM_SLOTS", str(folder))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CBTM_PIN_CORES", raising=False)
+    if "torch" in sys.modules:  # where another test has used a real GPU in this process
+        monkeypatch.setattr(sys.modules["torch"].cuda, "is_initialized", lambda: False)
     return folder
 
 
@@ -224,8 +226,9 @@ def test_second_slot_of_a_process_is_refused(slots):
 # --- waiting, counting ---
 
 
-def test_stop_request_ends_the_wait(slots, caplog, holder):
+def test_stop_request_ends_the_wait(slots, monkeypatch, caplog, holder):
     caplog.set_level("INFO", logger="cbtm.train.slots")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # or the holder takes a GPU where there is one
     holder(1, threads=len(cores()))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     message = "stopped while waiting for a free core; nothing was begun"
