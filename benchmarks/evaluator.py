@@ -153,7 +153,8 @@ def whole(data: Data, config: EvaluateConfig) -> Callable[[], Any]:
     lengths = np.diff(offsets)
     clusters = np.arange(len(lengths)) * data.experts // len(lengths)
     tokens = [np.zeros(1 + length, dtype=np.int64) for length in lengths.tolist()]
-    validation = ValidationSet([""] * len(lengths), tokens, clusters, 4 * lengths)
+    choosing = selection_documents(len(lengths))
+    validation = ValidationSet([""] * len(lengths), tokens, clusters, 4 * lengths, choosing=choosing)
 
     def work() -> list[dict[str, Any]]:
         scores = Scores(data.array("seed"), data.scores(), data.array("dense"))

@@ -19,6 +19,8 @@ class CompareConfig(Config):
         by_tokens: Numbers of clusters for clusters of equally many tokens; None is the largest.
         small_batch: Numbers of experts for a dense model that has the batch of one of so many, and so many times the
             steps; None is the largest.
+        scaled_learning_rate: Whether the same is trained once more with a learning rate for its batch: that of the
+            others over the square root of the number of experts, the rule of Adam for batches.
     """
 
     n_clusters: tuple[int, ...] = Field(default=(2, 4, 8), min_length=1)
@@ -27,6 +29,7 @@ class CompareConfig(Config):
     plain: tuple[int, ...] | None = None
     by_tokens: tuple[int, ...] | None = None
     small_batch: tuple[int, ...] | None = None
+    scaled_learning_rate: bool = True
 
     @field_validator("n_clusters", "plain", "by_tokens", "small_batch", "random_states")
     @classmethod

@@ -4,6 +4,7 @@ The runs are ordinary ones, *arms*, each with a root of its own below that of th
 share: tokenizer, seed model, held-out tokens and the seed's scores of them (`cbtm.run.Run.shared`).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from cbtm.run_config import RunConfig, parse_config
 
 COMPARISON_FILE, COMPARISON_REPORT_FILE, COMPARISON_TABLE_FILE = "comparison.json", "comparison.html", "comparison.csv"
 
-ArmKind = Literal["dense", "small-batch", "clusters", "plain", "tokens"]
-_NAME = re.compile(r"(dense|small-batch|clusters|plain|tokens)-k(\d+)-s(\d+)")
+ArmKind = Literal["dense", "small-batch", "small-batch-scaled", "clusters", "plain", "tokens"]
+_NAME = re.compile(r"(dense|small-batch|small-batch-scaled|clusters|plain|tokens)-k(\d+)-s(\d+)")
 _PER_STEP = ("steps", "warmup_steps", "checkpoint_every", "log_every")
 
 
@@ -30,8 +31,9 @@ class Arm:
 
     Attributes:
         kind: dense is one model with the whole batch; small-batch one model with the batch of one of k experts, and k
-            times the steps; clusters are k balanced clusters, with as many random ones beside them; plain are those
-            of k-means without balance; tokens are balanced by tokens in the place of documents.
+            times the steps, small-batch-scaled the same at a learning rate for that batch; clusters are k balanced
+            clusters, with as many random ones beside them; plain are those of k-means without balance; tokens are
+            balanced by tokens in the place of documents.
         n_clusters: k; of dense 1.
         random_state: Added to the random states of clusters, random clusters and training.
     """
@@ -92,6 +94,7 @@ class Comparison:
         kinds: dict[ArmKind, Sequence[int]] = {
             "dense": (1,),
             "small-batch": compare.controls(compare.small_batch),
+            "small-batch-scaled": compare.controls(compare.small_batch) if compare.scaled_learning_rate else (),
             "clusters": sorted(compare.n_clusters, reverse=True),
             "plain": compare.controls(compare.plain),
             "tokens": compare.controls(compare.by_tokens),
@@ -114,12 +117,15 @@ class Comparison:
         config = self.config
         cluster: dict[str, Any] = {"random_state": config.cluster.random_state + arm.random_state}
         train: dict[str, Any] = {"random_state": config.train.random_state + arm.random_state, **_NO_BASELINES}
-        if arm.kind in ("dense", "small-batch"):
+        if arm.kind in ("dense", "small-batch", "small-batch-scaled"):
             cluster |= _ONE_CLUSTER
         else:
             cluster |= {"n_clusters": arm.n_clusters}
         if arm.kind == "small-batch":
             train |= _small_batch(config, arm.n_clusters)
+        elif arm.kind == "small-batch-scaled":
+            train |= _small_batch(config, arm.n_clusters)
+            train["learning_rate"] = config.train.learning_rate / math.sqrt(arm.n_clusters)
         elif arm.kind == "clusters":
             train["random_clusters"] = config.compare.random_clusters
         elif arm.kind == "plain":

@@ -158,11 +158,19 @@ def answers(manifest: Manifest, spec: StageSpec) -> bool:
     return manifest.config_digest == spec.config_digest and manifest.inputs == dict(spec.inputs)
 
 
-def is_current(spec: StageSpec, manifest: Manifest | None) -> bool:
-    """Tell whether `manifest` answers to `spec` and all its files are there in their full size."""
+def is_current(
+    spec: StageSpec, manifest: Manifest | None, *, size_of: Callable[[str], int | None] | None = None
+) -> bool:
+    """Tell whether `manifest` answers to `spec` and all its files are there in their full size.
+
+    Args:
+        spec: What is wanted.
+        manifest: What is there.
+        size_of: Bytes of a file below the spec's root, None if it is not there, where that is known without asking.
+    """
     if manifest is None or manifest.stage != spec.stage or not answers(manifest, spec):
         return False
-    missing = _damaged(spec.root, manifest)
+    missing = _damaged(spec.root, manifest, size_of)
     if missing:
         logger.warning("stage=%s file=%s is missing or cut short: building again", spec.stage, missing[0])
     return not missing
@@ -318,9 +326,9 @@ def _text(manifest: Manifest) -> bytes:
     return manifest.model_dump_json(indent=1).encode()
 
 
-def _damaged(root: str, manifest: Manifest) -> list[str]:
-    sizes = storage.sizes(root, manifest.paths())
-    return [entry.path for entry in manifest.files if sizes[entry.path] != entry.size]
+def _damaged(root: str, manifest: Manifest, size_of: Callable[[str], int | None] | None = None) -> list[str]:
+    look_up = storage.sizes(root, manifest.paths()).get if size_of is None else size_of
+    return [entry.path for entry in manifest.files if look_up(entry.path) != entry.size]
 
 
 def _check_file(path: Path, entry: FileEntry, root: str) -> None:

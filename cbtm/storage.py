@@ -110,6 +110,15 @@ def sizes(uri: str, paths: Sequence[str]) -> dict[str, int | None]:
     return dict(zip(paths, s3.in_parallel(s3.size, [join(uri, path) for path in paths]), strict=True))
 
 
+def listed_sizes(uri: str) -> dict[str, int] | None:
+    """Bytes of every file below an s3:// prefix, by a request for each thousand; None for a folder of this machine.
+
+    Raises:
+        StorageError: If the bucket is not there or may not be listed.
+    """
+    return {path: size for path, size, _ in s3.listing(uri)} if is_s3(uri) else None
+
+
 def read_bytes(uri: str) -> bytes:
     """Read a small file whole.
 

@@ -7,7 +7,6 @@ documents (`cbtm.merge.intervals`). So the interval says what other documents co
 random states did.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from cbtm.errors import DataError
 from cbtm.merge.intervals import Resamples
+from cbtm.merge.measured import exp, finite, ratio, ratio_intervals
 
 Array = NDArray[np.float64]
 
@@ -71,7 +71,9 @@ def compare_arms(arms: Sequence[ArmDocuments], *, random_state: int, n_resamples
     Returns:
         n_documents, n_tokens; rows (kind, n_clusters, top_k, perplexity, least, largest, interval, dense_ratio,
         dense_ratio_interval, by_random_state); and groups: by label where all documents have one, else by cluster of
-        the first arm with the largest k, the perplexity of the main rows and their ratios to dense.
+        the first arm with the largest k, the perplexity of the main rows and their ratios to dense. A perplexity or an
+        end of an interval is None where it is infinite, which a token that a model finds impossible makes it; so is a
+        ratio, or an interval of ratios, where both sides are.
 
     Raises:
         DataError: If the arms have different documents, there is no dense arm, or fewer than two documents.
@@ -88,12 +90,15 @@ def compare_arms(arms: Sequence[ArmDocuments], *, random_state: int, n_resamples
         raise DataError(f"no dense arm among {', '.join(arm.name for arm in arms)}; run the comparison again")
     tokens = first.tokens[first.reported]
     resamples = Resamples(tokens, random_state=random_state, n_resamples=n_resamples)
-    return {
-        "n_documents": len(tokens),
-        "n_tokens": int(tokens.sum()),
-        "rows": [_figures(row, dense, tokens, resamples) for row in rows],
-        "groups": _groups(arms, rows, dense, tokens, random_state, n_resamples),
-    }
+    compared: dict[str, Any] = finite(
+        {
+            "n_documents": len(tokens),
+            "n_tokens": int(tokens.sum()),
+            "rows": [_figures(row, dense, tokens, resamples) for row in rows],
+            "groups": _groups(arms, rows, dense, tokens, random_state, n_resamples),
+        }
+    )
+    return compared
 
 
 def _rows(arms: Sequence[ArmDocuments]) -> list[_Row]:
@@ -105,7 +110,7 @@ def _rows(arms: Sequence[ArmDocuments]) -> list[_Row]:
 
     add(arms[0], "seed", "seed", k=1)
     for arm in arms:
-        if arm.kind in ("dense", "small-batch"):
+        if arm.kind in ("dense", "small-batch", "small-batch-scaled"):
             add(arm, arm.kind, "clustering-top-1")
             continue
         kept = sorted(
@@ -115,7 +120,7 @@ def _rows(arms: Sequence[ArmDocuments]) -> list[_Row]:
             add(arm, arm.kind, f"clustering-top-{top_k}", top_k)
         if "random" in arm.nats:
             add(arm, "random", "random")
-    order = ("seed", "dense", "small-batch", "random", "clusters", "plain", "tokens")
+    order = ("seed", "dense", "small-batch", "small-batch-scaled", "random", "clusters", "plain", "tokens")
     keys = sorted(rows, key=lambda key: (order.index(key[0]), key[1], -(key[2] or 0)))
     return [_Row(kind, k, top_k, rows[kind, k, top_k]) for kind, k, top_k in keys]
 
@@ -126,27 +131,27 @@ def _mean(row: _Row) -> Array:
 
 
 def _figures(row: _Row, dense: _Row, tokens: NDArray[np.int64], resamples: Resamples) -> dict[str, Any]:
-    total = float(tokens.sum())
-    perplexities = {state: math.exp(loss.sum() / total) for state, loss in row.losses.items()}
+    total = int(tokens.sum())
+    perplexities = {state: exp(loss.sum() / total) for state, loss in row.losses.items()}
     mean, base = _mean(row), _mean(dense)
     figures: dict[str, Any] = {
         "kind": row.kind,
         "n_clusters": row.n_clusters,
         "top_k": row.top_k,
-        "perplexity": math.exp(mean.sum() / total),
+        "perplexity": exp(mean.sum() / total),
         "least": min(perplexities.values()),
         "largest": max(perplexities.values()),
         "interval": resamples.intervals(mean[None])[0].tolist(),
-        "dense_ratio": math.exp((mean.sum() - base.sum()) / total),
-        "dense_ratio_interval": resamples.ratio_intervals(mean[None], base)[0].tolist(),
+        "dense_ratio": ratio(mean.sum(), base.sum(), total),
+        "dense_ratio_interval": ratio_intervals(resamples, mean[None], base)[0],
     }
     states = []
     for state, loss in row.losses.items():
         one: dict[str, Any] = {"random_state": state, "perplexity": perplexities[state]}
         if state in dense.losses:
             beside = dense.losses[state]
-            one["dense_ratio"] = math.exp((loss.sum() - beside.sum()) / total)
-            one["dense_ratio_interval"] = resamples.ratio_intervals(loss[None], beside)[0].tolist()
+            one["dense_ratio"] = ratio(loss.sum(), beside.sum(), total)
+            one["dense_ratio_interval"] = ratio_intervals(resamples, loss[None], beside)[0]
         states.append(one)
     return {**figures, "by_random_state": states}
 
@@ -175,16 +180,17 @@ def _groups(
     groups = []
     for name in sorted(set(names)):
         among = np.array([one == name for one in names])
-        group: dict[str, Any] = {"name": name, "n_documents": int(among.sum()), "n_tokens": int(tokens[among].sum())}
+        n_tokens = int(tokens[among].sum())
+        group: dict[str, Any] = {"name": name, "n_documents": int(among.sum()), "n_tokens": n_tokens}
         base = _mean(dense)[among]
         for row in shown:
             mean = _mean(row)[among]
-            values: dict[str, Any] = {"perplexity": math.exp(mean.sum() / tokens[among].sum())}
+            values: dict[str, Any] = {"perplexity": exp(mean.sum() / n_tokens)}
             if row.kind != "dense":
-                values["dense_ratio"] = math.exp((mean.sum() - base.sum()) / tokens[among].sum())
+                values["dense_ratio"] = ratio(mean.sum(), base.sum(), n_tokens)
                 if among.sum() > 1:
                     some = Resamples(tokens[among], random_state=random_state, n_resamples=n_resamples)
-                    values["dense_ratio_interval"] = some.ratio_intervals(mean[None], base)[0].tolist()
+                    values["dense_ratio_interval"] = ratio_intervals(some, mean[None], base)[0]
             group[row.kind] = values
         groups.append(group)
     return {"by": by, "of": source, "n_clusters": k, "rows": groups}

@@ -2,7 +2,8 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ from cbtm.merge.figures import (
     COLOURS,
     WIDTH,
     format_change,
-    format_perplexity,
     legend_above,
     plain_text,
+    show_perplexity,
     svg,
 )
 
@@ -30,6 +31,7 @@ def row_name(row: Mapping[str, Any]) -> str:
         "seed": "seed model",
         "dense": "dense",
         "small-batch": f"dense, batch of one of {k} experts",
+        "small-batch-scaled": f"dense, batch of one of {k}, learning rate / √{k}",
         "random": f"random clusters, k = {k}",
         "clusters": f"c-BTM, k = {k}",
         "plain": f"plain k-means, k = {k}",
@@ -49,12 +51,15 @@ def comparison_verdict(comparison: Mapping[str, Any]) -> str:
         (row for row in comparison["rows"] if row["kind"] == "clusters" and row["top_k"] == row["n_clusters"]),
         key=lambda row: row["n_clusters"],
     )
-    low, high = row["dense_ratio_interval"]
+    name = f"c-BTM with {row['n_clusters']} experts"
+    if row["dense_ratio_interval"] is None:
+        return f"{name} and the dense model each find some token impossible: there is nothing to compare."
+    low, high = map(_or_infinite, row["dense_ratio_interval"])
     states = len(row["by_random_state"])
     said = "cannot be told from" if low <= 1 <= high else "is better than" if high < 1 else "is worse than"
     interval = f"{_change(low)} to {_change(high)}, {states} random state{'s' if states > 1 else ''}"
     return (
-        f"c-BTM with {row['n_clusters']} experts {said} the dense model at equal tokens: "
+        f"{name} {said} the dense model at equal tokens: "
         f"{_change(row['dense_ratio'])} perplexity (95 % interval {interval})."
     )
 
@@ -66,9 +71,10 @@ def comparison_lines(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     spread = _span(row["least"], row["largest"]) if len(row["by_random_state"]) > 1 else "–"
-    change = "–" if row["kind"] == "dense" else _change(row["dense_ratio"])
-    paired = "–" if row["kind"] == "dense" else " to ".join(map(_change, row["dense_ratio_interval"]))
-    return (row_name(row), format_perplexity(row["perplexity"]), spread, _span(*row["interval"]), change, paired)
+    is_dense = row["kind"] == "dense"
+    change = "–" if is_dense else _change(row["dense_ratio"])
+    paired = "–" if is_dense else _changes(row["dense_ratio_interval"], _change)
+    return (row_name(row), _perplexity(row["perplexity"]), spread, _span(*row["interval"]), change, paired)
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
@@ -100,15 +106,17 @@ def comparison_csv(comparison: Mapping[str, Any]) -> str:
     for row in comparison["rows"]:
         for one in row["by_random_state"]:
             setting = [row["kind"], row["n_clusters"], row["top_k"]]
-            writer.writerow([*setting, one["random_state"], one["perplexity"], one.get("dense_ratio")])
+            figure = _or_infinite(one["perplexity"])
+            writer.writerow([*setting, one["random_state"], figure, one.get("dense_ratio")])
     return out.getvalue()
 
 
 def comparison_chart(rows: Sequence[Mapping[str, Any]], *, label: str) -> str:
     """Perplexity against k: balanced clusters and random ones as lines, dense models as levels, the rest as points.
 
-    Bars reach from the least to the largest of the random states.
+    Bars reach from the least to the largest of the random states. What is infinite is not in it.
     """
+    rows = [row for row in rows if row["largest"] is not None]
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -124,14 +132,19 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]], *, label: str) -> str:
             COLOURS["single"],
             "^--",
         )
-        for kind, style, name in (("dense", "--", "dense"), ("small-batch", "-.", "dense, batch of one expert")):
+        levels = (
+            ("dense", "--", "dense"),
+            ("small-batch", "-.", "dense, batch of one expert"),
+            ("small-batch-scaled", ":", "the same, learning rate / √k"),
+        )
+        for kind, style, name in levels:
             for row in (row for row in rows if row["kind"] == kind):
                 axes.axhline(row["perplexity"], color=COLOURS["dense"], linestyle=style, linewidth=1.4, label=name)
                 if row["least"] < row["largest"]:
                     axes.axhspan(row["least"], row["largest"], color=COLOURS["dense"], alpha=0.12, linewidth=0)
         for kind, marker, name in (("plain", "x", "plain k-means"), ("tokens", "d", "balanced by tokens")):
             _points(axes, [row for row in whole if row["kind"] == kind], name, COLOURS["average"], marker)
-        ks = sorted({row["n_clusters"] for row in rows if row["kind"] == "clusters"})
+        ks = sorted({row["n_clusters"] for row in rows if row["kind"] not in ("seed", "dense")}) or [1]
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(ks) / 1.3, max(ks) * 1.3)
@@ -169,14 +182,14 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        perplexity=format_perplexity,
+        perplexity=_perplexity,
         change=format_change,
-        changes=lambda ends: " to ".join(map(format_change, ends)),
+        changes=lambda ends: _changes(ends, format_change),
         count=lambda number: f"{number:,}",
         line=plain_text,
     )
     head, *lines = comparison_lines(comparison)
-    said = "; ".join(f"{row_name(row)} {format_perplexity(row['perplexity'])}" for row in main_rows(comparison["rows"]))
+    said = "; ".join(f"{row_name(row)} {_perplexity(row['perplexity'])}" for row in main_rows(comparison["rows"]))
     page = environment.get_template("comparison.html.j2").render(
         comparison=comparison,
         verdict=comparison_verdict(comparison),
@@ -187,9 +200,21 @@ def render_comparison(comparison: Mapping[str, Any]) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _change(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}\u00a0%"
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
-def _span(low: float, high: float) -> str:
-    return f"{format_perplexity(low)}–{format_perplexity(high)}"
+def _perplexity(value: float | None) -> str:
+    return show_perplexity(_or_infinite(value))
+
+
+def _change(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{100 * (ratio - 1):+.1f}\u00a0%".replace("inf", "∞")
+
+
+def _changes(ends: Sequence[float | None] | None, change: Callable[[float], str]) -> str:
+    return "–" if ends is None else " to ".join(change(_or_infinite(end)) for end in ends)
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return f"{_perplexity(low)}–{_perplexity(high)}"

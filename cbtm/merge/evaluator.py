@@ -10,7 +10,6 @@ prompts, the tokens of a prompt are context: they route and they condition, but 
 finds impossible makes its perplexity infinite, and is counted; it is never left out.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from cbtm.errors import DataError
 from cbtm.merge.config import EvaluateConfig
 from cbtm.merge.grid import DocumentSums, Setting
-from cbtm.merge.measured import Arm, Array, Measured, Progress
+from cbtm.merge.measured import Arm, Array, Measured, Progress, finite
 from cbtm.merge.router import mean_routing_weights
 from cbtm.merge.validation_set import Scores, ValidationSet
 
@@ -103,7 +102,7 @@ def evaluate_documents(
         "by_label": _by_label(measured, validation.labels, arms),
         "domain_by_expert": _domain_by_expert(measured, distances.shape[1], alone) if alone else None,
     }
-    return _finite(result), {**measured.documents(arms, averages), **grid.documents()}
+    return finite(result), {**measured.documents(arms, averages), **grid.documents()}
 
 
 def _expert_clusters(scores: Scores, n_clusters: int) -> list[int]:
@@ -245,14 +244,3 @@ def _domain_by_expert(measured: Measured, n_clusters: int, alone: Mapping[int, A
         there = (measured.halves["report"] & among).any()
         rows.append([measured.perplexity(arm.nll, "report", among) if there else None for arm in alone.values()])
     return {"clusters": list(alone), "perplexity": rows}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is infinite, which JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

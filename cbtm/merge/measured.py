@@ -182,3 +182,14 @@ def ratio_intervals(resamples: Resamples, nll: Array, base: Array) -> list[list[
 def exp(exponent: float) -> float:
     """e to a power, infinity where that is too large for a float."""
     return math.exp(exponent) if exponent < 700 else math.inf
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what is infinite, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -5,7 +5,7 @@ same configuration and from the same inputs, returns at once. Modules are import
 clustering needs no torch, and that a task with nothing to do does not spend its time on importing it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cbtm import manifest as manifests
@@ -160,10 +160,20 @@ def finished(run: Run) -> bool:
     if not storage.exists(run.uri("manifest.json")):
         return False
     run.make_plan()
+    # One listing in the place of a request for each of all files.
+    listed = storage.listed_sizes(run.config.root)
     try:
-        return all(manifests.is_current(spec, run.load(spec)) for spec in (task.spec() for task in tasks(run)))
+        return all(_is_there(run, task.spec(), listed) for task in tasks(run))
     except ManifestError:
         return False
+
+
+def _is_there(run: Run, spec: StageSpec, listed: Mapping[str, int] | None) -> bool:
+    manifest, root = run.load(spec), run.config.root
+    if listed is None or not (spec.root == root or spec.root.startswith(f"{root}/")):
+        return manifests.is_current(spec, manifest)
+    below = spec.root.removeprefix(root).removeprefix("/")
+    return manifests.is_current(spec, manifest, size_of=lambda path: listed.get(f"{below}/{path}" if below else path))
 
 
 def _assign_task(run: Run, group: str) -> Task:

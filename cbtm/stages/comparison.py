@@ -83,7 +83,8 @@ def _compare(comparison: Comparison, work: Path) -> dict[str, Any]:
     (work / COMPARISON_TABLE_FILE).write_text(comparison_csv(made), encoding="utf-8")
     (work / COMPARISON_REPORT_FILE).write_text(render_comparison(made), encoding="utf-8")
     _track(comparison, made, work)
-    return {row_name(row): row["perplexity"] for row in made["rows"] if row["top_k"] in (None, row["n_clusters"])}
+    whole = [row for row in made["rows"] if row["top_k"] in (None, row["n_clusters"])]
+    return _known({row_name(row): row["perplexity"] for row in whole})
 
 
 def _documents(arm: Arm, run: Run) -> ArmDocuments:
@@ -136,11 +137,16 @@ def _arm_facts(arm: Arm, run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Those that are finite: the others are None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _track(comparison: Comparison, made: Mapping[str, Any], work: Path) -> None:
     """A run in the tracker for each row, and one for each line of the figure, whose steps are the values of k."""
     shared, step = comparison.shared, comparison.config.train.steps
     for row in made["rows"]:
-        low, high = row["dense_ratio_interval"]
+        low, high = row["dense_ratio_interval"] or (None, None)
         params = {
             **settings(shared),
             "n_clusters": row["n_clusters"],
@@ -158,7 +164,7 @@ def _track(comparison: Comparison, made: Mapping[str, Any], work: Path) -> None:
         }
         name = f"comparison-{row['kind']}-k{row['n_clusters']}" + (f"-top{row['top_k']}" if row["top_k"] else "")
         with child(shared, name, "comparison", params=params) as tracker:
-            tracker.log_metrics(figures, step)
+            tracker.log_metrics(_known(figures), step)
     with child(shared, "comparison", "comparison", own_task=True) as tracker:
         for name in (COMPARISON_FILE, COMPARISON_TABLE_FILE, COMPARISON_REPORT_FILE):
             tracker.log_artifact(work / name)
@@ -166,7 +172,7 @@ def _track(comparison: Comparison, made: Mapping[str, Any], work: Path) -> None:
         with child(shared, f"line-{name}", "comparison", params={**settings(shared), "arm": name}) as tracker:
             for k, row in points:
                 values = {"compare/perplexity": row["perplexity"], "compare/dense_ratio": row["dense_ratio"]}
-                tracker.log_metrics(values, k)
+                tracker.log_metrics(_known(values), k)
 
 
 def _lines(rows: list[Mapping[str, Any]]) -> Iterator[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:

@@ -16,6 +16,7 @@ from cbtm.kubernetes import connect
 from cbtm.process import in_kubernetes
 from cbtm.run_config import PlaceOverrides, RunConfig, parse_config
 from cbtm.tracking import tracking_problem
+from cbtm.train.compiler import check_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ _ROLE_VARIABLES = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_PROFILE",
 )
+
+
+MOST_GROUPS = 500
 
 
 class NotReadyError(CbtmError):
@@ -55,6 +59,7 @@ def check_cluster(text: str, place: PlaceOverrides, *, compiled_by: str) -> RunC
     problems += _extension_problems(config.extends)
     problems += _tracking_problems(config)
     problems += _trainjob_problems(config)
+    problems += _loop_problems(config)
     if problems:
         raise _not_ready(problems)
     logger.info("root=%s tracking=%s ready", config.root, config.tracking.uri if config.tracking.enabled else "off")
@@ -174,6 +179,16 @@ def _trainjob_problems(config: RunConfig) -> Iterator[str]:
             yield f"train.nodes above 1: {error}"
 
 
+def _loop_problems(config: RunConfig) -> Iterator[str]:
+    """Whether the loop over groups fits into what Argo and Kubernetes hold of a workflow (docs/scaling.md)."""
+    groups = config.assign.max_groups
+    if in_kubernetes() and groups > MOST_GROUPS:
+        yield (
+            f"assign.max_groups={groups} is more than the {MOST_GROUPS} tasks that a loop of a pipeline holds; lower "
+            "it, and each task takes more shards"
+        )
+
+
 def _gpu_problems(config: RunConfig, promised: int | None) -> Iterator[str]:
     training = config.seed_model.training
     sections = {"train": config.train} | ({"seed_model.training": training} if training is not None else {})
@@ -184,6 +199,11 @@ def _gpu_problems(config: RunConfig, promised: int | None) -> Iterator[str]:
             if devices > promised:
                 yield f"{name}.devices={devices}, but the parameter gpu_count={promised}; make them equal"
     expected = promised if promised is not None else max(wanted.values(), default=0)
+    for name in (name for name, section in sections.items() if section.compile):
+        try:
+            check_compiler("cuda" if expected and name in on_gpus else "cpu")
+        except ConfigError as error:
+            yield f"{name}: {error}"
     if expected:
         yield from _visible_gpu_problems(expected, config)
 

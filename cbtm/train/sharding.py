@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cbtm.errors import ConfigError
+from cbtm.train.compiler import check_compiler
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.loss import CausalLoss
 from cbtm.train.ranks import Ranks
@@ -291,6 +292,7 @@ def prepare(model: nn.Module, config: OptimizationConfig) -> None:
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.compile:
+        check_compiler(next(model.parameters()).device.type)
         # Layer by layer: that compiles one layer instead of all, and leaves the mask of the attention outside. While
         # a whole decoder is compiled, transformers makes one (before PyTorch 2.14), and attention takes twice as long.
         # The head is computed in chunks of its own.

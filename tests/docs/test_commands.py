@@ -24,7 +24,7 @@ import documented_workspace as made
 import pytest
 from kubeflow_server import KubeflowServer, item, kubeflow_server, node, pod_tasks
 from servers import free_ports, status
-from shell_blocks import PROJECT, Line, shell_blocks
+from shell_blocks import NAMES, PROJECT, Line, fenced, shell_blocks
 from typer.testing import CliRunner
 
 from cbtm import cli, local, stages
@@ -62,6 +62,12 @@ NOT_RUN = {
 }
 """Commands that are not run, and why."""
 
+PYTHON_NOT_RUN = {'from_pretrained("facebook/opt-125m")': "needs the model hub"}
+"""What Python is not run, by something that is in it, and why."""
+
+PYTHON_AT = {"docs/formats.md": "runs/demo"}
+"""Folder of the workspace in which a page's Python is run, where it is another."""
+
 BY_BASH = ("cp ", "chmod ", "set -a")
 """Commands of the shell itself that are run by it."""
 
@@ -98,6 +104,13 @@ def elsewhere(page: str) -> str | None:
 
 
 HERE = [block for block in BLOCKS if elsewhere(block.page) is None]
+PYTHON = [
+    (page, number, content)
+    for page in NAMES
+    if elsewhere(page) is None
+    for number, language, content in fenced(page)
+    if language == "python"
+]
 
 
 # --- the servers, and what is other than for a reader ---
@@ -363,7 +376,20 @@ def test_the_commands_of_a_block_run(block, workspace, kubeflow, bucket, s3_serv
         reader.follow(line)
 
 
+@pytest.mark.parametrize(("page", "number", "content"), PYTHON, ids=[f"{page}:{number}" for page, number, _ in PYTHON])
+def test_the_python_of_a_page_runs(page, number, content, workspace, monkeypatch):
+    if any(text in content for text in PYTHON_NOT_RUN):
+        return
+    stand_ins(monkeypatch, workspace)
+    made.write_configurations(workspace, "docs/configuration.md" if page == "CONTRIBUTING.md" else page)
+    monkeypatch.chdir(workspace / PYTHON_AT.get(page, "."))
+    exec(compile(content, f"{page}:{number}", "exec"), {"__name__": "__main__"})
+
+
 def test_every_entry_of_the_tables_is_in_the_pages():
+    for text in PYTHON_NOT_RUN:
+        assert any(text in content for *_, content in PYTHON), text
+    assert PYTHON_AT.keys() <= {page for page, *_ in PYTHON}
     lines = [line for block in HERE for line in block.lines]
     texts = {line.text for line in lines}
     assert [text for text in NOT_RUN if text not in texts] == []

@@ -65,7 +65,7 @@ def test_every_arm_sees_the_same_tokens(result):
     assert {arm["random_tokens_seen"] for arm in result["arms"]} == {budget, None}
     steps = {arm["name"]: (arm["steps"], arm["sequences_per_step"]) for arm in result["arms"]}
     assert steps["dense-k1-s0"] == (10, 4)
-    assert steps["small-batch-k2-s1"] == (20, 2)
+    assert steps["small-batch-k2-s1"] == steps["small-batch-scaled-k2-s1"] == (20, 2)
     assert steps["clusters-k2-s0"] == steps["tokens-k2-s1"] == (10, 2)
 
 
@@ -75,6 +75,7 @@ def test_rows_are_those_of_every_kind_over_random_states(result):
         ("seed", 1, None),
         ("dense", 1, None),
         ("small-batch", 2, None),
+        ("small-batch-scaled", 2, None),
         ("random", 2, None),
         ("clusters", 2, 2),
         ("clusters", 2, 1),

@@ -188,6 +188,26 @@ def test_each_model_is_scored_in_one_pass_and_the_settings_cost_none(measured):
     assert sum(passes.values()) == sum(passes[name] for name in passes if name.startswith(("train:", "score:")))
 
 
+def test_whether_a_run_is_finished_is_told_by_a_listing_and_the_manifests(measured, values, s3_server):
+    client = s3_server[1]
+    tasks = len(list(stages.tasks(measured.run)))
+    with counted(client) as requests:
+        assert stages.finished(Run.parse(json.dumps(values)))
+    assert requests.kinds["head"] == 1  # the run's own manifest
+    assert requests.kinds["list"] <= 4  # the corpus of two splits, and the root
+    assert requests.kinds["get"] <= 2 * tasks + 4
+    # A file that is cut short, or gone, is seen in it.
+    folder = measured.run.uri("scores/dense")
+    kept = storage.join(folder, "log_probs.npy")
+    whole = storage.read_bytes(kept)
+    storage.write_bytes(kept, whole[:-1])
+    assert not stages.finished(Run.parse(json.dumps(values)))
+    storage.delete(folder, ["log_probs.npy"])
+    assert not stages.finished(Run.parse(json.dumps(values)))
+    storage.write_bytes(kept, whole)
+    assert stages.finished(Run.parse(json.dumps(values)))
+
+
 def test_other_settings_of_the_evaluation_score_and_train_nothing(measured, values, s3_server):
     settings_before = len(measured.run.result()["ensemble"])
     more = values | {"evaluate": values["evaluate"] | {"temperatures": [0.05, 0.1, 0.5, 1.0]}}

@@ -202,6 +202,23 @@ def test_outside_of_kubernetes_gpus_are_missed_where_the_configuration_demands_t
         check_gpus(config(root, device="cuda"), "0", compiled_by=HERE)
 
 
+def test_more_groups_than_a_loop_holds_are_refused_on_a_cluster(bucket, in_a_pod):
+    values = yaml.safe_load(config(f"{bucket}/run")) | {"assign": {"max_groups": 501}}
+    with pytest.raises(NotReadyError, match=r"assign\.max_groups=501 is more than the 500 tasks that a loop"):
+        check_cluster(json.dumps(values), PlaceOverrides(), compiled_by=HERE)
+
+
+def test_a_compilation_without_a_compiler_is_refused(bucket, in_a_pod, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    text = config(f"{bucket}/run", compile=True)
+    with pytest.raises(NotReadyError, match=r"train: compile=true needs a compiler, and g\+\+ is not on the PATH"):
+        check_gpus(text, "0", compiled_by=HERE)
+    with pytest.raises(NotReadyError, match="train: compile=true needs a compiler, and gcc or clang is not on"):
+        check_gpus(text, "1", compiled_by=HERE)
+
+
 @pytest.mark.parametrize("count", ["0", ""])
 def test_a_cluster_without_gpus_trains_on_processors(bucket, in_a_pod, count):
     check_gpus(config(f"{bucket}/run"), count, compiled_by=HERE)

@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -394,7 +395,14 @@ def test_activation_checkpointing_of_a_model_without_it_is_refused(tmp_path):
         type(model).supports_gradient_checkpointing = True
 
 
-def test_compiled_model_is_trained_and_saved_like_any(tmp_path, uninterrupted):
+def test_compilation_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="compile=true needs a compiler, and no-such-compiler is not on the PATH"):
+        run(tmp_path, compile=True)
+
+
+def test_compiled_model_is_trained_and_saved_like_any(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # nothing is compiled here, and there may be no compiler
     # Without a compiler's minutes: the stance has the compiled call run the original code.
     with torch.compiler.set_stance("force_eager"):
         model, result = run(tmp_path, compile=True)
