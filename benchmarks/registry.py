@@ -229,7 +229,7 @@ ENTRIES = (
     Entry(
         "scaling",
         "scaling.py",
-        "Stages grow in proportion to the documents, and none faster than in proportion to the clusters.",
+        "Stages grow at most in proportion to the documents; training and scoring of a model depend on nothing else.",
         (_SCALING,),
         (*_TEXT, "--documents", "1000,4000", "--clusters", "2,8", "--at-documents", "1000"),
         200,

@@ -151,7 +151,7 @@ def test_page_and_tables_say_the_same(made, result):
     assert shown in format_comparison(result)
     with open(made.shared.uri("comparison.csv"), newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 1 + 2 * 7
+    assert len(lines) == 1 + 2 * 8
     assert float(lines[0]["perplexity"]) == pytest.approx(row_of(result, "seed", None)["perplexity"])
 
 
