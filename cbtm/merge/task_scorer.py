@@ -307,7 +307,7 @@ class _Answerer:
         """
         import torch
 
-        from cbtm.train.loss import CHUNK_ROWS
+        from cbtm.train.head import CHUNK_ROWS
 
         with torch.no_grad():
             chosen = states[torch.from_numpy(sites[:, 0]), torch.from_numpy(sites[:, 1])]  # (n_sites, D)

@@ -19,7 +19,7 @@ from cbtm.branch.tokenizer import TOKENIZER_FILES
 from cbtm.errors import ConfigError, ManifestError
 from cbtm.train.checkpoint import checkpoint_shapes, fetch_checkpoint, load_checkpoint
 from cbtm.train.job import EXPERT_FILE
-from cbtm.train.sharding import MODEL
+from cbtm.train.loss_module import MODEL
 
 _STEP = re.compile(r"step-\d+")
 

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cbtm.errors import ConfigError
 from cbtm.train.config import OptimizationConfig
+from cbtm.train.loss_module import MODEL, MOMENTS, decoder_layers, make_loss, make_optimizer, prepare
 from cbtm.train.ranks import Ranks
-from cbtm.train.sharding import MODEL, MOMENTS, decoder_layers, make_loss, make_optimizer, prepare
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from cbtm.errors import ConfigError
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
-from cbtm.train import loss as module
+from cbtm.train import head as module
 from cbtm.train.data import IGNORED, BlockOrder
-from cbtm.train.loss import CHUNK_ROWS, GPU_CHUNK_ROWS, CausalLoss, _fused_losses, linear_cross_entropy
+from cbtm.train.head import CHUNK_ROWS, GPU_CHUNK_ROWS, _fused_losses, linear_cross_entropy
+from cbtm.train.loss import CausalLoss
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 32}
@@ -117,7 +118,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(n):
 @pytest.mark.parametrize("ignored", [False, True])
 def test_fused_loss_is_the_plain_one(monkeypatch, ignored):
     # Uncompiled: a compiler is not on every machine. On a GPU it is compiled below.
-    monkeypatch.setattr("cbtm.train.loss._compiled_losses", lambda: _fused_losses)
+    monkeypatch.setattr("cbtm.train.head._compiled_losses", lambda: _fused_losses)
     hidden, weight, targets = rows(2 * CHUNK_ROWS + 37)
     if ignored:
         targets = some_ignored(targets)

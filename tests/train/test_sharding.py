@@ -29,8 +29,9 @@ from cbtm.errors import ConfigError
 from cbtm.tokens import DocumentRecord, TokenDocuments, TokenShardWriter
 from cbtm.train.config import OptimizationConfig
 from cbtm.train.data import BlockOrder
+from cbtm.train.loss_module import decoder_layers
 from cbtm.train.ranks import Ranks
-from cbtm.train.sharding import decoder_layers, shard
+from cbtm.train.sharding import shard
 
 # An epsilon of the gradient's size: without it Adam would hide a gradient of the wrong length.
 STEEP = {"learning_rate": 0.1, "adam_epsilon": 0.05}
