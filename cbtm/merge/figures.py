@@ -133,7 +133,8 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
-        axes.set_xlim(0, limit * 1.02)
+        ends = [bar.interval[1] for bar in bars if bar.interval is not None and bar.value <= limit]
+        axes.set_xlim(0, 1.02 * max([limit, *(min(end, 1.2 * limit) for end in ends)]))
         axes.set_xlabel("perplexity (lower is better)")
 
     return svg("headline", label, (WIDTH, 0.7 + 0.31 * len(bars)), draw)
