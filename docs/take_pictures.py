@@ -1,15 +1,20 @@
-"""Take the pictures of MLflow's pages that the documentation shows.
+"""Take the pictures that the documentation shows: of reports, and of MLflow's pages.
 
-cbtm ui run.yaml                            # prints the address of the comparison
-python docs/take_pictures.py ADDRESS        # writes docs/images/comparison.png and docs/images/top_k.png
+    cbtm ui run.yaml                            # prints the address of the comparison, and serves MLflow
+    python docs/take_pictures.py --ui ADDRESS   # docs/images/comparison.png and top_k.png
+    python docs/take_pictures.py --report runs/demo/report.html
+    python docs/take_pictures.py --arms runs/compare/comparison.html --server http://127.0.0.1:5000
 
-Needs Debian's chromium and chromium-driver.
+The last writes arms.png, and arms_mlflow.png of the newest comparison in that server. Needs Debian's chromium and
+chromium-driver.
 """
 
-import sys
+import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -82,16 +87,75 @@ def take(browser: Chrome, address: str) -> None:
     browser.save_screenshot(str(IMAGES / "top_k.png"))
 
 
+def take_page(browser: Chrome, file: Path, picture: str, height: int) -> None:
+    """Save the top of a page of this machine, 1000 pixels wide."""
+    size = {"width": 1000, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(file.resolve().as_uri())
+    time.sleep(1)
+    browser.save_screenshot(str(IMAGES / picture))
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def lines_address(server: str) -> str:
+    """Address of the chart of perplexity against k, of the newest comparison."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server)
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    runs = client.search_runs(experiments, "metrics.`compare/perplexity` > 0", order_by=["start_time DESC"])
+    lines = [run for run in runs if "/line-" in run.info.run_name][:3]
+    given = {
+        "runs": [run.info.run_id for run in lines],
+        "metric": "compare/perplexity",
+        "experiments": [lines[0].info.experiment_id],
+        "plot_metric_keys": ["compare/perplexity"],
+    }
+    query = "&".join(f"{name}={quote(json.dumps(value))}" for name, value in given.items())
+    return f"{server}/#/metric?{query}&x_axis=step&show_point=true"
+
+
+def take_lines(browser: Chrome, server: str) -> None:
+    """Save MLflow's chart of the comparison's lines."""
+    browser.set_window_size(1500, 800)
+    browser.get(lines_address(server))
+    wait_for(browser, "Completed Runs")
+    wait_for(browser, "(step=")
+    close_assistant(browser)
+    time.sleep(2)
+    browser.save_screenshot(str(IMAGES / "arms_mlflow.png"))
+
+
+def parse() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ui", metavar="ADDRESS", help="what cbtm ui prints")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="report.html of the demo")
+    parser.add_argument("--arms", type=Path, metavar="FILE", help="comparison.html of make compare")
+    parser.add_argument("--server", metavar="ADDRESS", help="the MLflow server that has it")
+    return parser.parse_args()
+
+
 def main() -> None:
-    """Open a browser and take the pictures of the run whose comparison is at the address given."""
+    """Open a browser and take the pictures that are asked for."""
+    args = parse()
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     with tempfile.TemporaryDirectory() as profile:
-        for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1500,1000", f"user-data-dir={profile}"):
+        flags = ("headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=1500,1000")
+        for flag in (*flags, f"user-data-dir={profile}"):
             options.add_argument(f"--{flag}")
         browser = Chrome(options=options, service=Service("/usr/bin/chromedriver"))
         try:
-            take(browser, sys.argv[1])
+            if args.report is not None:
+                take_page(browser, args.report, "report.png", 1385)
+            if args.arms is not None:
+                take_page(browser, args.arms, "arms.png", 740)
+            if args.server is not None:
+                take_lines(browser, args.server)
+            if args.ui is not None:
+                browser.set_window_size(1500, 1000)
+                take(browser, args.ui)
         finally:
             browser.quit()
 
