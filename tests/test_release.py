@@ -21,7 +21,7 @@ PLACES = (
     *("cbtm/__init__.py", "CHANGELOG.md", "cbtm/compiled/", "docs/decisions/", "docs/components.md", "constraints.txt"),
 )
 # Lines that tell of a version and set none: of files that it wrote, and of other packages.
-TELLS = re.compile(r'of cbtm \d|"cbtm_version": "|balanced-kmeans \(')
+TELLS = re.compile(r'of cbtm \d|"cbtm_version": "|balanced-kmeans( \(| \d|": ")')
 
 
 def load() -> ModuleType:
