@@ -105,6 +105,8 @@ def lines_address(server: str) -> str:
     experiments = [one.experiment_id for one in client.search_experiments()]
     runs = client.search_runs(experiments, "metrics.`compare/perplexity` > 0", order_by=["start_time DESC"])
     lines = [run for run in runs if "/line-" in run.info.run_name][:3]
+    if not lines:
+        raise SystemExit(f"{server} has no comparison; run make compare, and serve its database")
     given = {
         "runs": [run.info.run_id for run in lines],
         "metric": "compare/perplexity",

@@ -17,6 +17,7 @@ from cbtm.process import in_kubernetes
 from cbtm.run_config import PlaceOverrides, RunConfig, parse_config
 from cbtm.tracking import tracking_problem
 from cbtm.train.compiler import check_compiler
+from cbtm.train.config import OptimizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +200,29 @@ def _gpu_problems(config: RunConfig, promised: int | None) -> Iterator[str]:
             if devices > promised:
                 yield f"{name}.devices={devices}, but the parameter gpu_count={promised}; make them equal"
     expected = promised if promised is not None else max(wanted.values(), default=0)
-    for name in (name for name, section in sections.items() if section.compile):
-        try:
-            check_compiler("cuda" if expected and name in on_gpus else "cpu")
-        except ConfigError as error:
-            yield f"{name}: {error}"
+    for name, section in sections.items():
+        if section.compile:
+            yield from _compiler_problems(name, section, promised)
     if expected:
         yield from _visible_gpu_problems(expected, config)
+
+
+def _compiler_problems(name: str, section: OptimizationConfig, promised: int | None) -> Iterator[str]:
+    if section.device == "auto" and section.nodes == 1:
+        # As the trainer will find it; the pods of a TrainJob have GPUs and this image.
+        on_gpu = _sees_gpus() if promised is None else promised > 0
+    else:
+        on_gpu = section.device != "cpu"
+    try:
+        check_compiler("cuda" if on_gpu else "cpu")
+    except ConfigError as error:
+        yield f"{name}: {error}"
+
+
+def _sees_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _visible_gpu_problems(expected: int, config: RunConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The compiler that PyTorch calls where a model is compiled."""
 
 import os
+import shlex
 import shutil
 
 from cbtm.errors import ConfigError
@@ -16,7 +17,7 @@ def check_compiler(device_type: str) -> None:
         ConfigError: If there is none.
     """
     variable, usual = ("CXX", ("g++",)) if device_type == "cpu" else ("CC", ("gcc", "clang"))
-    named = os.environ.get(variable)
+    named = " ".join(shlex.split(os.environ.get(variable, ""))[:1])  # without the options behind it
     if not any(map(shutil.which, (named,) if named else usual)):
         raise ConfigError(
             f"compile=true needs a compiler, and {named or ' or '.join(usual)} is not on the PATH; install one, name "

@@ -3,6 +3,7 @@
 import http.server
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -217,6 +218,28 @@ def test_a_compilation_without_a_compiler_is_refused(bucket, in_a_pod, monkeypat
         check_gpus(text, "0", compiled_by=HERE)
     with pytest.raises(NotReadyError, match="train: compile=true needs a compiler, and gcc or clang is not on"):
         check_gpus(text, "1", compiled_by=HERE)
+
+
+@pytest.mark.parametrize(
+    ("sees_gpus", "train", "compiler"),
+    [
+        (False, {}, "CXX"),
+        (True, {}, "CC"),  # outside of Kubernetes nobody promises a GPU, and the trainer takes what it sees
+        (True, {"device": "cpu"}, "CXX"),
+        (False, {"nodes": 2}, "CC"),  # in pods of their own, which have GPUs
+    ],
+)
+def test_the_compiler_of_the_device_that_will_be_taken_is_asked_for(bucket, monkeypatch, sees_gpus, train, compiler):
+    monkeypatch.setattr("cbtm.stages.readiness._sees_gpus", lambda: sees_gpus)
+    monkeypatch.setenv("PATH", "/nowhere")
+    other = {"CC": "CXX", "CXX": "CC"}[compiler]
+    monkeypatch.setenv(compiler, "no-such-compiler -O2")
+    monkeypatch.setenv(other, f"{sys.executable} -O2")
+    text = config(f"{bucket}/run", compile=True, **train)
+    with pytest.raises(NotReadyError, match="and no-such-compiler is not on the PATH; install one"):
+        check_gpus(text, "0", compiled_by=HERE)
+    monkeypatch.setenv(compiler, f"{sys.executable} -O2")
+    check_gpus(text, "0", compiled_by=HERE)
 
 
 @pytest.mark.parametrize("count", ["0", ""])
